@@ -1,0 +1,1 @@
+"""The inference server: HTTP (`server.api`) over a continuously batched engine (`server.engine`)."""

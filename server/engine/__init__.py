@@ -1,0 +1,1 @@
+"""The engine: a plain synchronous object that batches requests continuously. No web, no metrics, no transformers."""

@@ -1,0 +1,31 @@
+"""The exceptions an adapter can end in.
+
+AdapterError
+├── AdapterNotFound      no adapter of that name
+├── AdapterRefused       its content can't be served: says what and why; the same bytes are refused again
+└── AdapterUnavailable   it could not be read this time: trying again may help
+"""
+
+from collections.abc import Sequence
+
+
+class AdapterError(Exception):
+    """Base of everything that can go wrong with an adapter."""
+
+
+class AdapterNotFound(AdapterError):
+    """No adapter is known by this name; `nearest` holds the names most like it."""
+
+    def __init__(self, name: str, nearest: Sequence[str] = ()) -> None:
+        self.name = name
+        self.nearest = tuple(nearest)
+        hint = f"; the nearest are {', '.join(map(repr, nearest))}" if nearest else ""
+        super().__init__(f"adapter {name!r} does not exist{hint}. GET /v1/models lists what can be served")
+
+
+class AdapterRefused(AdapterError):
+    """The adapter's content can't be served as it is; the message says what was found and what is expected."""
+
+
+class AdapterUnavailable(AdapterError):
+    """The adapter's files could not be read (I/O); the request may be tried again."""

@@ -1,0 +1,172 @@
+"""Reads PEFT's `adapter_config.json`: which modules are adapted, their ranks and scalings. Works without torch.
+
+Every field is either honoured, known not to change the forward pass, or refused by name.
+Source: `peft.LoraConfig` and its matching rules (`check_target_module_exists`, `get_pattern_key`).
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from adapters.adapter import TARGETS, BaseShape, ModuleKey
+from adapters.errors import AdapterRefused, AdapterUnavailable
+
+CONFIG_FILE = "adapter_config.json"
+MAX_CONFIG_BYTES = 1 << 20
+MAX_REGEX_CHARS = 256
+MAX_RANK = 512
+
+_HONOURED = {
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
+    "exclude_modules", "layers_to_transform", "layers_pattern", "bias", "init_lora_weights",
+}  # fmt: skip
+_INERT = {
+    "task_type", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "auto_mapping",
+    "peft_version", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config",
+    "ensure_weight_tying",
+}  # fmt: skip
+_NEUTRAL_INIT = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """The part of an adapter's configuration that decides its forward pass."""
+
+    modules: dict[ModuleKey, tuple[int, float]]  # what is adapted -> (rank, scaling)
+    base_model: str | None
+
+
+def read_lora_spec(folder: Path, shape: BaseShape) -> LoraSpec:
+    """Read and check `folder/adapter_config.json` against a base of `shape`.
+
+    Raises AdapterRefused naming the field, its value and what is expected; AdapterUnavailable on I/O errors.
+    """
+    config = _read_json(folder / CONFIG_FILE)
+    _refuse_unsupported(config)
+    rank, alpha = _integer(config, "r", 8), _number(config.get("lora_alpha", 8), "lora_alpha")
+    rslora = config.get("use_rslora") is True
+    rank_pattern, alpha_pattern = _pattern(config, "rank_pattern"), _pattern(config, "alpha_pattern")
+    modules: dict[ModuleKey, tuple[int, float]] = {}
+    for layer in range(shape.n_layer):
+        for target in TARGETS:
+            key = ModuleKey(layer, target)
+            if not _targets(config, f"transformer.{key}"):
+                continue
+            r = _matched(rank_pattern, f"transformer.{key}", rank)
+            if not (isinstance(r, int) and 1 <= r <= MAX_RANK):
+                raise AdapterRefused(f"rank {r!r} of {key} is not an integer from 1 to {MAX_RANK}")
+            a = _number(_matched(alpha_pattern, f"transformer.{key}", alpha), "alpha_pattern")
+            modules[key] = (r, a / math.sqrt(r) if rslora else a / r)
+    if not modules:
+        raise AdapterRefused(
+            f"target_modules {config.get('target_modules')!r} name no projection of this GPT-2 "
+            f"({shape.n_layer} layers); expected some of {', '.join(TARGETS)}"
+        )
+    base = config.get("base_model_name_or_path")
+    return LoraSpec(modules, base if isinstance(base, str) else None)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise AdapterRefused(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes")
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise AdapterRefused(f"no {CONFIG_FILE} in {path.parent.name}: not a PEFT adapter folder") from None
+    except OSError as error:
+        raise AdapterUnavailable(f"{CONFIG_FILE} can't be read: {error.strerror}") from error
+    except ValueError as error:
+        raise AdapterRefused(f"{CONFIG_FILE} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise AdapterRefused(f"{CONFIG_FILE} holds {type(value).__name__}, expected an object")
+    return cast("dict[str, Any]", value)
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    if (kind := config.get("peft_type")) != "LORA":
+        raise AdapterRefused(f"peft_type is {kind!r}; only LORA adapters are served")
+    if config.get("use_dora"):
+        raise AdapterRefused("use_dora is true: DoRA rescales the base weights and can't be mixed in one batch")
+    if config.get("modules_to_save"):
+        raise AdapterRefused(
+            f"modules_to_save is {config['modules_to_save']!r}: whole modules replace the frozen base's"
+        )
+    if config.get("trainable_token_indices"):
+        raise AdapterRefused("trainable_token_indices is set: new or retrained tokens change the frozen base")
+    if config.get("bias", "none") != "none":
+        raise AdapterRefused(f"bias is {config['bias']!r}: trained biases are not supported, only 'none'")
+    if (init := config.get("init_lora_weights", True)) not in _NEUTRAL_INIT:
+        raise AdapterRefused(f"init_lora_weights is {init!r}: that initialisation also changes the base weights")
+    for field, value in config.items():
+        if field not in _HONOURED and field not in _INERT and value not in (None, False, 0, "", [], {}):
+            raise AdapterRefused(f"{field} is {value!r}: this field is not supported")
+
+
+def _targets(config: Mapping[str, Any], name: str) -> bool:
+    """Whether PEFT would adapt the module called `name`, e.g. `transformer.h.0.attn.c_attn`."""
+    wanted, excluded = config.get("target_modules"), config.get("exclude_modules")
+    if excluded and _listed(excluded, name, "exclude_modules"):
+        return False
+    if wanted == "all-linear":
+        return True
+    if not wanted or not _listed(wanted, name, "target_modules"):
+        return False
+    layers = config.get("layers_to_transform")
+    if isinstance(wanted, str) or layers is None or layers == []:
+        return True
+    given: Any = config.get("layers_pattern") or []
+    patterns: list[str] = [given] if isinstance(given, str) else given
+    if not patterns:
+        found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
+    else:
+        matches = (re.match(rf"(?:^|.*?\.){re.escape(p)}\.(?P<idx>\d+)\.", name) for p in patterns)
+        found = next((m for m in matches if m), None)
+    return found is not None and int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
+
+
+def _listed(names: Any, name: str, field: str) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(_regex(names, field), name) is not None
+    if isinstance(names, list) and all(isinstance(n, str) for n in cast("list[Any]", names)):
+        return any(name == n or name.endswith(f".{n}") for n in cast("list[str]", names))
+    raise AdapterRefused(f"{field} is {names!r}: expected a list of names or a regular expression")
+
+
+def _pattern(config: Mapping[str, Any], field: str) -> dict[str, Any]:
+    value: Any = config.get(field) or {}
+    if not isinstance(value, dict):
+        raise AdapterRefused(f"{field} is {value!r}: expected an object of module name to number")
+    pattern = cast("dict[str, Any]", value)
+    return {_regex(key, field): number for key, number in pattern.items()}
+
+
+def _regex(pattern: str, field: str) -> str:
+    """The pattern itself, checked. Nested repetition is refused: it can take exponential time to match."""
+    if len(pattern) > MAX_REGEX_CHARS or re.search(r"[*+}]\)?[*+{]", pattern):
+        raise AdapterRefused(f"{field} holds the expression {pattern!r}: too long or with nested repetition")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise AdapterRefused(f"{field} holds {pattern!r}, not a regular expression: {error}") from None
+    return pattern
+
+
+def _matched(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
+    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name)), default)
+
+
+def _integer(config: Mapping[str, Any], field: str, default: int) -> int:
+    value = config.get(field, default)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise AdapterRefused(f"{field} is {value!r}: expected an integer")
+    return value
+
+
+def _number(value: Any, field: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise AdapterRefused(f"{field} is {value!r}: expected a finite number")
+    return float(value)

@@ -1,0 +1,43 @@
+"""Reads an adapter's tensors, proves they have an effect, and readies them for computing."""
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from adapters.adapter import Adapter, AdapterRef, BaseShape, LoraPair
+from adapters.errors import AdapterRefused, AdapterUnavailable
+from adapters.tensorfile import open_tensors
+from adapters.validation import WEIGHTS_FILE, inspect_adapter
+
+
+def load_adapter(ref: AdapterRef, shape: BaseShape, device: torch.device, dtype: torch.dtype) -> Adapter:
+    """Read the adapter at `ref.path` onto `device`; its content must still be `ref.digest`.
+
+    The scaling (alpha / r, or alpha / sqrt(r) for rsLoRA) is folded into B in fp32 before the cast to `dtype`.
+    Raises AdapterRefused or AdapterUnavailable.
+    """
+    manifest = inspect_adapter(Path(ref.path), ref.name, shape)
+    if manifest.ref.digest != ref.digest:
+        raise AdapterRefused(
+            f"adapter {ref.name!r} changed on disk since it was registered "
+            f"(sha256 {ref.digest[:12]} then, {manifest.ref.digest[:12]} now): restart the server to serve the new one"
+        )
+    adapter = Adapter(ref.digest, {})
+    changes = False
+    try:
+        with open_tensors(Path(ref.path) / WEIGHTS_FILE, "pt") as file:
+            for module in manifest.modules:
+                a: torch.Tensor = file.get_tensor(module.a_name).float()
+                b: torch.Tensor = file.get_tensor(module.b_name).float()
+                for name, tensor in ((module.a_name, a), (module.b_name, b)):
+                    if not torch.isfinite(tensor).all():
+                        raise AdapterRefused(f"tensor {name!r} holds values that are not finite")
+                b = (b * module.scaling).T.contiguous()  # [rank, out]
+                changes = changes or bool((a.any() & b.any()).item() and (b.T @ a).any())
+                adapter.pairs[module.key] = LoraPair(a.to(device, dtype, copy=True), b.to(device, dtype, copy=True))
+    except (SafetensorError, OSError) as error:
+        raise AdapterUnavailable(f"{WEIGHTS_FILE} of {ref.name!r} can't be read: {error}") from error
+    if not changes:
+        raise AdapterRefused(f"adapter {ref.name!r} has no effect: B A is zero in every module (was it trained?)")
+    return adapter

@@ -1,0 +1,164 @@
+"""The engine: add requests, step, collect tokens. Synchronous and single-threaded; knows nothing of HTTP or text."""
+
+import logging
+import time
+from collections.abc import Iterable
+from collections.abc import Sequence as Seq
+from pathlib import Path
+
+import torch
+
+from adapters.residency import Residency
+from adapters.weights import load_adapter
+from server.engine.config import EngineConfig
+from server.engine.kv_cache import KVCache
+from server.engine.model_runner import ModelRunner, Runner
+from server.engine.scheduler import Scheduler
+from server.engine.types import (
+    Batch,
+    ErrorKind,
+    FinishReason,
+    Request,
+    Sequence,
+    SequenceOutput,
+    StepOutput,
+    StepStats,
+)
+from server.model.loader import load_model
+
+logger = logging.getLogger(__name__)
+
+
+class Engine:
+    """Continuous batching over one model: requests join and leave between steps."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        runner: Runner,
+        residency: Residency,
+        eos_token_id: int | None,
+        vocab: Seq[bytes],
+    ) -> None:
+        """`vocab` [V]: each token's bytes, for stop strings."""
+        self.config = config
+        self._runner, self._residency = runner, residency
+        self._scheduler = Scheduler(config, residency, eos_token_id, vocab)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether a step would do anything."""
+        return bool(self._scheduler.running or self._scheduler.waiting)
+
+    def add_request(self, request: Request) -> None:
+        """Queue a request. Raises ValueError for a prompt that is empty or does not fit; the edge checks first."""
+        length = len(request.prompt_token_ids)
+        if length < 1 or length + request.sampling_params.max_tokens > self.config.max_model_len:
+            raise ValueError(
+                f"prompt of {length} tokens and max_tokens {request.sampling_params.max_tokens} "
+                f"don't fit into 1..{self.config.max_model_len} positions"
+            )
+        self._scheduler.add(Sequence(request))
+
+    def abort(self, request_id: str) -> None:
+        """End a request, freeing its row before the next step. Unknown ids have ended already."""
+        self._scheduler.abort(request_id)
+
+    def step(self) -> StepOutput:
+        """Schedule, run, take the result. With nothing but loads under way it returns at once, `batch_size` 0."""
+        start = time.monotonic()
+        self._residency.poll()
+        batch, failed = self._scheduler.schedule()
+        if batch.items:
+            self._run(batch, start)
+        outputs = [_output(s) for s in [*failed, *batch.sequences] if s.finish_reason or s.request.stream]
+        stats = self._stats(batch, time.monotonic() - start)
+        return StepOutput(tuple(o for o in outputs if o.token_ids or o.finish_reason), stats)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when rows or pins are lost while nothing runs."""
+        if not self.has_work:
+            self._scheduler.rows.check_integrity()
+            self._residency.check_integrity()
+
+    def close(self) -> None:
+        """Stop the adapter loading thread."""
+        self._residency.close()
+
+    def _run(self, batch: Batch, start: float) -> None:
+        for sequence in batch.sequences:
+            if sequence.start_time is None:
+                sequence.start_time = start
+        try:
+            sampled = self._runner.run(batch)
+        except torch.AcceleratorError:
+            raise  # a broken device does not come back: the process has to end
+        except Exception as error:
+            logger.exception("step failed for %d sequences", len(batch.items))
+            for sequence in batch.sequences:
+                sequence.error = f"generation failed: {type(error).__name__}: {error}"
+                sequence.error_kind = ErrorKind.GENERATION
+                self._scheduler.finish(sequence, FinishReason.ERROR)
+            return
+        self._scheduler.update(batch, sampled.token_ids, sampled.logprobs, time.monotonic())
+
+    def _stats(self, batch: Batch, seconds: float) -> StepStats:
+        scheduler, loads = self._scheduler, self._residency.stats
+        waiting = scheduler.waiting
+        emitted = [s for s in batch.sampled if s.error is None]
+        return StepStats(
+            step_seconds=seconds,
+            num_running=len(scheduler.running),
+            num_waiting=len(waiting),
+            batch_size=len(batch.items),
+            num_prompt_tokens=sum(item.num_new_tokens for item in batch.items if item.prefill),
+            num_generated_tokens=len(emitted),
+            kv_cache_usage=1 - scheduler.rows.num_free / scheduler.rows.num_rows,
+            running_adapters=_adapter_names(scheduler.running.values()),
+            waiting_adapters=_adapter_names(waiting),
+            resident_adapters=self._residency.resident,
+            adapter_loads=loads.loads,
+            adapter_load_failures=loads.failures,
+            adapter_evictions=loads.evictions,
+            adapter_load_seconds=loads.load_seconds,
+            first_token_latencies=tuple(s.latency for s in emitted if len(s.output_ids) == 1),
+            inter_token_latencies=tuple(s.latency for s in emitted if len(s.output_ids) > 1),
+        )
+
+
+def build_engine(
+    folder: Path, config: EngineConfig, device: torch.device, dtype: torch.dtype, vocab: Seq[bytes]
+) -> Engine:
+    """An engine over the checkpoint in `folder`. Raises ModelError, or ValueError for limits the model can't hold."""
+    model = load_model(folder, device, dtype)
+    if config.max_model_len > model.config.n_positions:
+        raise ValueError(
+            f"max_model_len {config.max_model_len} exceeds the model's {model.config.n_positions} positions"
+        )
+    kv_cache = KVCache(model.config, config.max_batch_size, config.max_model_len, device, dtype)
+    shape = model.config.adapter_shape
+    residency = Residency(lambda ref: load_adapter(ref, shape, device, dtype), config.max_resident_adapters)
+    runner = ModelRunner(model, kv_cache, residency)
+    return Engine(config, runner, residency, model.config.eos_token_id, vocab)
+
+
+def _output(sequence: Sequence) -> SequenceOutput:
+    """What is new of a sequence since it was last asked."""
+    sent, sequence.num_sent = sequence.num_sent, len(sequence.output_ids)
+    arrival = sequence.request.arrival_time
+    return SequenceOutput(
+        sequence.request_id,
+        tuple(sequence.output_ids[sent:]),
+        tuple(sequence.logprobs[sent:]),
+        sequence.finish_reason,
+        sequence.stop_offset,
+        sequence.error,
+        sequence.error_kind,
+        queue_time=0.0 if sequence.start_time is None else sequence.start_time - arrival,
+        time_to_first_token=sequence.time_to_first_token,
+    )
+
+
+def _adapter_names(sequences: Iterable[Sequence]) -> tuple[str, ...]:
+    """The distinct adapter names of some sequences, sorted."""
+    return tuple(sorted({s.request.adapter.name for s in sequences if s.request.adapter is not None}))

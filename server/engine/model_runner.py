@@ -1,0 +1,93 @@
+"""Turns a scheduled batch into tensors, runs the model and chooses tokens."""
+
+from collections.abc import Sequence as Seq
+from typing import Protocol
+
+import torch
+
+from adapters.adapter import Adapter
+from adapters.lora.packed import PackCache
+from adapters.residency import Residency
+from server.engine.kv_cache import KVCache
+from server.engine.sampler import Sampled, SamplingRow, sample
+from server.engine.types import Batch, ScheduledSequence
+from server.model.gpt2 import GPT2, ForwardBatch, PromptChunk
+
+
+class Runner(Protocol):
+    """The seam between deciding and computing; tests put a toy model here."""
+
+    def run(self, batch: Batch) -> Sampled:
+        """A token for each of `batch.sampled`, in order."""
+        ...
+
+
+class ModelRunner:
+    """Runs batches on one GPT-2, its KV cache and the resident adapters."""
+
+    def __init__(self, model: GPT2, kv_cache: KVCache, residency: Residency) -> None:
+        self._model, self._kv, self._residency = model, kv_cache, residency
+        self._device = model.wte.device
+        self._packs = PackCache()
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Sampled:
+        """Compute the batch's tokens and choose the next one of each sequence that is ready for it."""
+        adapters = [self._adapter(item) for item in batch.items for _ in range(item.num_new_tokens)]
+        lora = self._packs.batch(adapters, self._device)
+        logits = self._model.forward(forward_batch(batch, self._device), self._kv.k, self._kv.v, lora)
+        if not (sampled := batch.sampled):
+            return Sampled([], [])
+        rows: list[SamplingRow] = []
+        for sequence in sampled:
+            request = sequence.request
+            seen: Seq[int] = ()
+            if request.sampling_params.repetition_penalty != 1.0:
+                seen = [*request.prompt_token_ids, *sequence.output_ids]
+            rows.append(SamplingRow(request.sampling_params, seen, len(sequence.output_ids)))
+        return sample(logits, rows)
+
+    def _adapter(self, item: ScheduledSequence) -> Adapter | None:
+        ref = item.sequence.request.adapter
+        return None if ref is None else self._residency.adapter(ref.digest)
+
+
+def forward_batch(batch: Batch, device: torch.device) -> ForwardBatch:
+    """The index tensors of a batch.
+
+    Example: a decoding sequence in row 0 at position 7, a prompt of three tokens in row 2, nothing computed yet:
+    positions [7, 0, 1, 2], rows [0, 2, 2, 2], num_decode 1, one chunk (start 1, length 3), output_index [0, 3].
+    """
+    token_ids: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    chunks: list[PromptChunk] = []
+    output_index: list[int] = []
+    decode_rows: list[int] = []
+    longest = 0
+    for item in batch.items:
+        sequence, count = item.sequence, item.num_new_tokens
+        if sequence.row is None:
+            raise ValueError(f"{sequence.request_id} is scheduled without a row")
+        first = sequence.num_computed
+        if sequence.prefilling:
+            chunks.append(PromptChunk(len(token_ids), count, sequence.row, first))
+        else:
+            decode_rows.append(sequence.row)
+            longest = max(longest, first + 1)
+        token_ids += [sequence.token_at(p) for p in range(first, first + count)]
+        positions += range(first, first + count)
+        rows += [sequence.row] * count
+        if item.samples:
+            output_index.append(len(token_ids) - 1)
+    consecutive = bool(decode_rows) and decode_rows[-1] - decode_rows[0] == len(decode_rows) - 1
+    return ForwardBatch(
+        token_ids=torch.tensor(token_ids, device=device),
+        positions=torch.tensor(positions, device=device),
+        rows=torch.tensor(rows, device=device),
+        num_decode=len(decode_rows),
+        decode_rows=(decode_rows[0], decode_rows[-1] + 1) if consecutive else None,
+        max_decode_len=longest,
+        chunks=tuple(chunks),
+        output_index=torch.tensor(output_index, device=device, dtype=torch.int64),
+    )

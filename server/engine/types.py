@@ -1,0 +1,164 @@
+"""What crosses the engine's boundary, and a running sequence's state. Without torch: the API process uses it too."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from adapters.adapter import AdapterRef
+
+
+class FinishReason(Enum):
+    """Why a sequence ended."""
+
+    EOS = "eos"
+    STOP = "stop"  # a stop string
+    LENGTH = "length"
+    ABORT = "abort"  # the client left
+    ERROR = "error"
+
+
+class ErrorKind(Enum):
+    """What kind of failure ended a sequence; the edge turns it into a status."""
+
+    ADAPTER_REFUSED = "adapter_refused"
+    ADAPTER_UNAVAILABLE = "adapter_unavailable"
+    GENERATION = "generation"
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to choose tokens. Defaults are greedy and neutral."""
+
+    max_tokens: int = 16
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0  # 1 is off
+    repetition_penalty: float = 1.0  # over prompt and output, as in transformers
+    seed: int = 0  # of this request's own random stream
+    stop: tuple[bytes, ...] = ()  # UTF-8
+    ignore_eos: bool = False
+    logprobs: bool = False  # log-softmax of the raw logits, per token
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation; crosses the process boundary as it is."""
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]  # not empty
+    sampling_params: SamplingParams
+    adapter: AdapterRef | None = None  # None is the base
+    arrival_time: float = 0.0  # time.monotonic() at the edge
+    stream: bool = False  # an output per token, or one at the end
+
+
+@dataclass(frozen=True)
+class SequenceOutput:
+    """What one step produced for one request."""
+
+    request_id: str
+    token_ids: tuple[int, ...]  # new since the last output
+    logprobs: tuple[float, ...]  # of the same tokens; empty when not asked for
+    finish_reason: FinishReason | None = None
+    stop_offset: int | None = None  # STOP: bytes of the output before the stop string
+    error: str | None = None
+    error_kind: ErrorKind | None = None
+    queue_time: float = 0.0  # seconds from arrival to the first step; set on the last output
+    time_to_first_token: float = 0.0  # seconds from arrival; set on the last output
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One step's figures, exported at the edge."""
+
+    step_seconds: float = 0.0
+    num_running: int = 0
+    num_waiting: int = 0
+    batch_size: int = 0  # sequences of this step
+    num_prompt_tokens: int = 0
+    num_generated_tokens: int = 0
+    kv_cache_usage: float = 0.0  # share of rows taken, 0..1
+    running_adapters: tuple[str, ...] = ()
+    waiting_adapters: tuple[str, ...] = ()
+    resident_adapters: int = 0
+    adapter_loads: int = 0  # totals since the engine started
+    adapter_load_failures: int = 0
+    adapter_evictions: int = 0
+    adapter_load_seconds: float = 0.0
+    first_token_latencies: tuple[float, ...] = ()  # seconds from arrival, of sequences that began in this step
+    inter_token_latencies: tuple[float, ...] = ()  # seconds since the same sequence's last token
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """Everything one step has to say."""
+
+    outputs: tuple[SequenceOutput, ...]
+    stats: StepStats
+
+
+@dataclass
+class Sequence:
+    """One request inside the engine."""
+
+    request: Request
+    output_ids: list[int] = field(default_factory=lambda: list[int]())
+    logprobs: list[float] = field(default_factory=lambda: list[float]())
+    output_bytes: bytearray = field(default_factory=bytearray)  # kept only where stop strings need it
+    num_computed: int = 0  # tokens whose keys and values are in the row
+    num_sent: int = 0  # output tokens already handed out
+    row: int | None = None  # KV row while running
+    start_time: float | None = None  # of its first step, time.monotonic()
+    last_token_time: float | None = None
+    latency: float = 0.0  # seconds from the token before to the last one; from arrival for the first
+    time_to_first_token: float = 0.0  # seconds from arrival
+    finish_reason: FinishReason | None = None
+    stop_offset: int | None = None
+    error: str | None = None
+    error_kind: ErrorKind | None = None
+
+    @property
+    def request_id(self) -> str:
+        """The request's id."""
+        return self.request.request_id
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and output tokens so far."""
+        return len(self.request.prompt_token_ids) + len(self.output_ids)
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether prompt tokens are still to be computed."""
+        return self.num_computed < len(self.request.prompt_token_ids)
+
+    def token_at(self, position: int) -> int:
+        """The token at a position of prompt and output together."""
+        prompt = self.request.prompt_token_ids
+        return prompt[position] if position < len(prompt) else self.output_ids[position - len(prompt)]
+
+
+@dataclass(frozen=True)
+class ScheduledSequence:
+    """A sequence's part in one step."""
+
+    sequence: Sequence
+    num_new_tokens: int  # computed in this step: 1 when decoding, a chunk when prefilling
+    prefill: bool
+    samples: bool  # whether all its tokens are computed after this step, so that a next one is chosen
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One step's work: decoding sequences first, by ascending row; then prompt chunks. Set by the scheduler."""
+
+    items: tuple[ScheduledSequence, ...]
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """The sequences of this step, in order."""
+        return [item.sequence for item in self.items]
+
+    @property
+    def sampled(self) -> list[Sequence]:
+        """The sequences that get a token, in order."""
+        return [item.sequence for item in self.items if item.samples]

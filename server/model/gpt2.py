@@ -1,0 +1,196 @@
+"""GPT-2, the whole model in one file.
+
+One forward takes a flat run of tokens from any number of sequences: one token of each that is decoding, then chunks of
+prompts. Knows nothing of requests, sampling or where adapters come from. Source: Radford et al. 2019; the arithmetic
+follows `transformers.GPT2LMHeadModel`, which the tests hold it to.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from adapters.adapter import ModuleKey
+from server.model.config import GPT2Config
+
+
+class Lora(Protocol):
+    """What the forward needs of a batch's adapters."""
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, key: ModuleKey) -> None:
+        """y [N, out] += each row's adapter applied to x [N, in]; in place."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One block. Projections are (in, out), as in the checkpoint."""
+
+    ln_1_weight: torch.Tensor
+    ln_1_bias: torch.Tensor
+    attn_c_attn_weight: torch.Tensor
+    attn_c_attn_bias: torch.Tensor
+    attn_c_proj_weight: torch.Tensor
+    attn_c_proj_bias: torch.Tensor
+    ln_2_weight: torch.Tensor
+    ln_2_bias: torch.Tensor
+    mlp_c_fc_weight: torch.Tensor
+    mlp_c_fc_bias: torch.Tensor
+    mlp_c_proj_weight: torch.Tensor
+    mlp_c_proj_bias: torch.Tensor
+
+
+@dataclass(frozen=True)
+class PromptChunk:
+    """A run of one sequence's prompt tokens inside the flat batch."""
+
+    start: int  # first index in the flat batch
+    length: int  # tokens in this chunk
+    row: int  # KV row
+    context: int  # tokens of the sequence that are in the row already
+
+
+@dataclass(frozen=True)
+class ForwardBatch:
+    """One forward's tokens, N in all: D decoding tokens first, then the prompt chunks. Set by the model runner."""
+
+    token_ids: torch.Tensor  # [N] int64
+    positions: torch.Tensor  # [N] int64
+    rows: torch.Tensor  # [N] int64, each token's KV row; the first D ascend
+    num_decode: int  # D
+    decode_rows: tuple[int, int] | None  # [first, last) when the first D rows are consecutive, else None
+    max_decode_len: int  # the longest decoding sequence, this token included
+    chunks: tuple[PromptChunk, ...]
+    output_index: torch.Tensor  # [S] int64, the tokens whose logits are wanted
+
+
+class GPT2:
+    """Frozen weights and the forward pass."""
+
+    def __init__(
+        self,
+        config: GPT2Config,
+        wte: torch.Tensor,  # [V, d]
+        wpe: torch.Tensor,  # [positions, d]
+        layers: list[LayerWeights],
+        ln_f_weight: torch.Tensor,
+        ln_f_bias: torch.Tensor,
+    ) -> None:
+        self.config = config
+        self.wte, self.wpe, self.layers = wte, wpe, layers
+        self.ln_f_weight, self.ln_f_bias = ln_f_weight, ln_f_bias
+        self._activation = _activation(config.activation_function)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weights."""
+        tensors = [self.wte, self.wpe, self.ln_f_weight, self.ln_f_bias]
+        tensors += [tensor for layer in self.layers for tensor in vars(layer).values()]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+    def forward(
+        self, batch: ForwardBatch, k_cache: torch.Tensor, v_cache: torch.Tensor, lora: Lora | None
+    ) -> torch.Tensor:
+        """Logits [S, V] fp32 of `batch.output_index`; writes the batch's keys and values into the caches.
+
+        k_cache, v_cache [layers, rows, H, max_len, Dh]; `lora` None when every row is the base's.
+        """
+        eps, d = self.config.layer_norm_epsilon, self.config.n_embd
+        x = self.wte[batch.token_ids] + self.wpe[batch.positions]  # [N, d]
+        for i, w in enumerate(self.layers):
+            h = F.layer_norm(x, (d,), w.ln_1_weight, w.ln_1_bias, eps)
+            qkv = _project(h, w.attn_c_attn_weight, w.attn_c_attn_bias, ModuleKey(i, "attn.c_attn"), lora)
+            h = self._attend(i, qkv, batch, k_cache[i], v_cache[i])  # [N, d]
+            x = x + _project(h, w.attn_c_proj_weight, w.attn_c_proj_bias, ModuleKey(i, "attn.c_proj"), lora)
+            h = F.layer_norm(x, (d,), w.ln_2_weight, w.ln_2_bias, eps)
+            h = _project(h, w.mlp_c_fc_weight, w.mlp_c_fc_bias, ModuleKey(i, "mlp.c_fc"), lora)
+            h = self._activation(h)  # [N, inner]
+            x = x + _project(h, w.mlp_c_proj_weight, w.mlp_c_proj_bias, ModuleKey(i, "mlp.c_proj"), lora)
+        x = F.layer_norm(x[batch.output_index], (d,), self.ln_f_weight, self.ln_f_bias, eps)
+        return F.linear(x, self.wte).float()  # [S, V]
+
+    def _attend(
+        self, layer: int, qkv: torch.Tensor, batch: ForwardBatch, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        """Causal attention of every token over its own row. qkv [N, 3d]; keys, values [rows, H, max_len, Dh]."""
+        heads, head_dim = self.config.n_head, self.config.head_dim
+        q, k, v = qkv.view(-1, 3, heads, head_dim).unbind(1)  # [N, H, Dh] each
+        keys[batch.rows, :, batch.positions] = k
+        values[batch.rows, :, batch.positions] = v
+        scale = 1.0 / math.sqrt(head_dim) if self.config.scale_attn_weights else 1.0
+        if self.config.scale_attn_by_inverse_layer_idx:
+            scale /= layer + 1
+        out = torch.empty_like(q)  # [N, H, Dh]
+        if batch.num_decode:
+            n = batch.num_decode
+            out[:n] = self._attend_decode(q[:n], batch, keys, values, scale)
+        for chunk in batch.chunks:
+            part = slice(chunk.start, chunk.start + chunk.length)
+            length = chunk.context + chunk.length
+            mask = None
+            if chunk.context:
+                mask = torch.ones(chunk.length, length, dtype=torch.bool, device=q.device).tril(chunk.context)
+            attended = self._sdpa(
+                q[part].transpose(0, 1)[None],  # [1, H, n, Dh]
+                keys[chunk.row, :, :length][None],  # [1, H, T, Dh]
+                values[chunk.row, :, :length][None],
+                mask,
+                scale,
+                causal=mask is None,
+            )
+            out[part] = attended[0].transpose(0, 1)
+        return out.view(-1, heads * head_dim)
+
+    def _attend_decode(
+        self,
+        q: torch.Tensor,
+        batch: ForwardBatch,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """One token per sequence: q [D, H, Dh] over the filled part of its row."""
+        n, longest = batch.num_decode, batch.max_decode_len
+        if batch.decode_rows is not None:
+            first, last = batch.decode_rows
+            k, v = keys[first:last, :, :longest], values[first:last, :, :longest]  # views [D, H, T, Dh]
+        else:
+            k, v = keys[batch.rows[:n], :, :longest], values[batch.rows[:n], :, :longest]
+        mask = torch.arange(longest, device=q.device) <= batch.positions[:n, None]  # [D, T]
+        return self._sdpa(q[:, :, None], k, v, mask[:, None, None], scale)[:, :, 0]
+
+    def _sdpa(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        *,
+        causal: bool = False,
+    ) -> torch.Tensor:
+        if self.config.reorder_and_upcast_attn:
+            out = F.scaled_dot_product_attention(
+                q.float(), k.float(), v.float(), attn_mask=mask, is_causal=causal, scale=scale
+            )
+            return out.to(q.dtype)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
+
+
+def _project(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, key: ModuleKey, lora: Lora | None
+) -> torch.Tensor:
+    """y [N, out] = x [N, in] W + b, plus each row's adapter."""
+    y = torch.addmm(bias, x, weight)
+    if lora is not None:
+        lora.add(y, x, key)
+    return y
+
+
+def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    if name in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"):
+        return lambda x: F.gelu(x, approximate="tanh")
+    return {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh}[name]

@@ -1,0 +1,142 @@
+"""Hugging Face GPT-2 checkpoint -> GPT2, one tensor at a time, every name and shape accounted for."""
+
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from adapters.tensorfile import open_tensors
+from server.model.config import GPT2Config, ModelError
+from server.model.gpt2 import GPT2, LayerWeights
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+# Causal masks that old checkpoints carry as tensors; they hold no learned value.
+_BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+
+
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> GPT2:
+    """Read the checkpoint in `folder` (`model.safetensors` or its shards) as `dtype` onto `device`.
+
+    Tensor names may start with `transformer.` or not; `lm_head.weight`, if present, must equal the tied embedding.
+    Holds the weights and at most one tensor more in memory. Raises ModelError naming the tensor: missing, surplus,
+    misshapen or unreadable.
+    """
+    config = GPT2Config.read(folder)
+    reader = _Reader(folder)
+    weights = {name: reader.read(name, shape, device, dtype) for name, shape in expected_shapes(config).items()}
+    surplus = sorted(name for name in reader.unread if not _BUFFER.fullmatch(name) and name != "lm_head.weight")
+    if surplus:
+        raise ModelError(
+            f"{folder}: tensors that GPT-2 does not have: {', '.join(surplus[:5])} ({len(surplus)} in all)"
+        )
+    if "lm_head.weight" in reader.unread:
+        head = reader.read("lm_head.weight", (config.vocab_size, config.n_embd), device, dtype)
+        if not torch.equal(head, weights["wte.weight"]):
+            raise ModelError(f"{folder}: lm_head.weight differs from wte.weight; only tied embeddings are supported")
+    layers = [
+        LayerWeights(**{_field(name): weights[f"h.{i}.{name}"] for name in _layer_shapes(config)})
+        for i in range(config.n_layer)
+    ]
+    return GPT2(
+        config,
+        weights["wte.weight"],
+        weights["wpe.weight"],
+        layers,
+        weights["ln_f.weight"],
+        weights["ln_f.bias"],
+    )
+
+
+def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    """Every tensor of a GPT-2 checkpoint, by its name without the `transformer.` prefix.
+
+    The four projections are Conv1D: (in, out), not nn.Linear's (out, in).
+    """
+    shapes: dict[str, tuple[int, ...]] = {
+        "wte.weight": (config.vocab_size, config.n_embd),
+        "wpe.weight": (config.n_positions, config.n_embd),
+    }
+    for i in range(config.n_layer):
+        shapes |= {f"h.{i}.{name}": shape for name, shape in _layer_shapes(config).items()}
+    return shapes | {"ln_f.weight": (config.n_embd,), "ln_f.bias": (config.n_embd,)}
+
+
+def _layer_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
+    d, inner = config.n_embd, config.n_inner
+    return {
+        "ln_1.weight": (d,),
+        "ln_1.bias": (d,),
+        "attn.c_attn.weight": (d, 3 * d),
+        "attn.c_attn.bias": (3 * d,),
+        "attn.c_proj.weight": (d, d),
+        "attn.c_proj.bias": (d,),
+        "ln_2.weight": (d,),
+        "ln_2.bias": (d,),
+        "mlp.c_fc.weight": (d, inner),
+        "mlp.c_fc.bias": (inner,),
+        "mlp.c_proj.weight": (inner, d),
+        "mlp.c_proj.bias": (d,),
+    }
+
+
+def _field(name: str) -> str:
+    """`attn.c_attn.weight` -> `attn_c_attn_weight`, LayerWeights' field for it."""
+    return name.replace(".", "_")
+
+
+class _Reader:
+    """The tensors of a checkpoint's files, under their names without the `transformer.` prefix."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._where: dict[str, tuple[Path, str]] = {}
+        names = [(path, name) for path in self._files() for name in _names(path)]
+        for path, name in names:
+            self._where[name.removeprefix("transformer.")] = (path, name)
+        if len(self._where) != len(names):
+            counts = Counter(name.removeprefix("transformer.") for _, name in names)
+            raise ModelError(f"{folder}: tensor {counts.most_common(1)[0][0]!r} is in the checkpoint twice")
+        self.unread = set(self._where)
+
+    def read(self, name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        if name not in self._where:
+            raise ModelError(f"{self._folder}: tensor {name!r} {shape} is missing from the checkpoint")
+        path, full_name = self._where[name]
+        # Opened anew for each tensor: closing unmaps the file, so that its pages don't add up to a second copy.
+        with open_tensors(path, "pt") as file:
+            found = tuple(file.get_slice(full_name).get_shape())
+            if found != shape:
+                raise ModelError(
+                    f"{self._folder}: tensor {full_name!r} has shape {found}, config.json makes it {shape}"
+                )
+            tensor: torch.Tensor = file.get_tensor(full_name).to(device, dtype, copy=True)
+        self.unread.discard(name)
+        return tensor
+
+    def _files(self) -> list[Path]:
+        single, index = self._folder / WEIGHTS_FILE, self._folder / INDEX_FILE
+        if single.is_file():
+            return [single]
+        if index.is_file():
+            try:
+                weight_map: dict[str, Any] = json.loads(index.read_text())["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise ModelError(f"{index} is not a valid shard index: {error!r}") from None
+            shards = [self._folder / name for name in sorted({str(v) for v in weight_map.values()})]
+            if missing := [path.name for path in shards if not path.is_file()]:
+                raise ModelError(f"{self._folder}: shards named in {INDEX_FILE} are missing: {', '.join(missing)}")
+            return shards
+        raise ModelError(f"{self._folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE} (pickles are not read)")
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with open_tensors(path, "pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} can't be read as safetensors: {error}") from None
