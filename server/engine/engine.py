@@ -39,9 +39,10 @@ class Engine:
         residency: Residency,
         eos_token_id: int | None,
         vocab: Seq[bytes],
+        weight_bytes: int = 0,
     ) -> None:
-        """`vocab` [V]: each token's bytes, for stop strings."""
-        self.config = config
+        """`vocab` [V]: each token's bytes, for stop strings; `weight_bytes`: the base's, informative."""
+        self.config, self.weight_bytes = config, weight_bytes
         self._runner, self._residency = runner, residency
         self._scheduler = Scheduler(config, residency, eos_token_id, vocab)
 
@@ -139,7 +140,7 @@ def build_engine(
     shape = model.config.adapter_shape
     residency = Residency(lambda ref: load_adapter(ref, shape, device, dtype), config.max_resident_adapters)
     runner = ModelRunner(model, kv_cache, residency)
-    return Engine(config, runner, residency, model.config.eos_token_id, vocab)
+    return Engine(config, runner, residency, model.config.eos_token_id, vocab, model.nbytes)
 
 
 def _output(sequence: Sequence) -> SequenceOutput:

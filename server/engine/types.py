@@ -22,6 +22,7 @@ class ErrorKind(Enum):
     ADAPTER_REFUSED = "adapter_refused"
     ADAPTER_UNAVAILABLE = "adapter_unavailable"
     GENERATION = "generation"
+    WORKER_LOST = "worker_lost"  # said by the edge, for requests that were in flight
 
 
 @dataclass(frozen=True)

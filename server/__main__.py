@@ -1,0 +1,77 @@
+"""`python -m server`: read the settings, build the server, run it."""
+
+import importlib.metadata
+import logging
+import sys
+import time
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from adapters.store import AdapterStore
+from server.api.app import ChorusServer, StartupError
+from server.api.spec import Served
+from server.metrics import Metrics
+from server.model.config import GPT2Config, ModelError
+from server.model.source import DEMO_MODEL, resolve_model
+from server.settings import Settings, read_settings, unknown_variables
+from server.tokenizer import Tokenizer
+
+logger = logging.getLogger("server")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until stopped; the exit code: 0 after a clean stop, 1 after a failure, 2 for bad settings."""
+    try:
+        settings = read_settings(arguments)
+    except ValidationError as error:
+        for problem in error.errors():
+            name = str(problem["loc"][0]).replace("_", "-") if problem["loc"] else "settings"
+            print(f"--{name}: {problem['msg']}, got {problem.get('input')!r}", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s:     %(message)s")
+    for quiet in ("httpx", "httpcore", "litserve", "asyncio"):
+        logging.getLogger(quiet).setLevel(logging.WARNING)
+    for line in unknown_variables():
+        logger.warning("%s", line)
+    try:
+        model_dir = resolve_model(settings.model)
+        server = ChorusServer(_served(settings, model_dir), model_dir)
+        return server.serve()
+    except (ModelError, NotADirectoryError, ValueError, StartupError, OSError) as error:
+        logger.error("%s", error)
+        return 1
+
+
+def _served(settings: Settings, model_dir: Path) -> Served:
+    config = GPT2Config.read(model_dir)
+    longest = settings.max_model_len or config.n_positions
+    if longest > config.n_positions:
+        raise ValueError(f"--max-model-len {longest} exceeds the model's {config.n_positions} positions")
+    name = (
+        "demo"
+        if model_dir == DEMO_MODEL
+        else Path(settings.model).name
+        if Path(settings.model).is_dir()
+        else settings.model
+    )
+    tokenizer = Tokenizer(model_dir)
+    store = AdapterStore(settings.adapters_dir, config.adapter_shape, frozenset({name, "base"}))
+    store.all()
+    resident = settings.max_resident_adapters or max(128, 2 * settings.max_batch_size)
+    return Served(
+        settings=settings,
+        model_name=name,
+        model_config=config,
+        max_model_len=longest,
+        tokenizer=tokenizer,
+        vocabulary=tokenizer.vocabulary(config.vocab_size),
+        store=store,
+        metrics=Metrics(name, resident),
+        version=importlib.metadata.version("chorus-serve"),
+        created=time.time(),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

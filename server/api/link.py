@@ -1,0 +1,131 @@
+"""The API process's end of the link to the worker: sends requests, hands frames to those who wait, watches the worker.
+
+Nothing waits on a dead worker: a pidfd tells of its end at once, a missing pong of a hang, and whatever is in flight
+then ends with WORKER_LOST. Each start of a worker is an epoch; what was meant for an earlier one is dropped.
+"""
+
+import asyncio
+import logging
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+
+from server.api.messages import Abort, EngineInfo, Frame, Ping, Submit
+from server.engine.types import ErrorKind, FinishReason, Request, SequenceOutput
+from server.metrics import Metrics
+
+logger = logging.getLogger(__name__)
+PING_SECONDS = 0.5
+Message = Ping | Submit | Abort
+
+
+class Unavailable(Exception):
+    """There is no worker to take a request just now."""
+
+
+class Overloaded(Exception):
+    """As many requests are waiting as may."""
+
+
+class EngineLink:
+    """Requests in flight and the state of the worker, as one API process sees them. Lives on its event loop."""
+
+    def __init__(self, send: Callable[[Message], None], metrics: Metrics, limit: int, hang_seconds: float) -> None:
+        """`send` puts a message on the worker's queue; `limit` is how many requests may be in flight."""
+        self._send, self._metrics, self._limit, self._hang_seconds = send, metrics, limit, hang_seconds
+        self._live: dict[str, asyncio.Queue[SequenceOutput]] = {}
+        self._last_frame = 0.0
+        self.info: EngineInfo | None = None
+
+    @property
+    def up(self) -> bool:
+        """Whether the worker answers."""
+        return self.info is not None
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that have not ended."""
+        return len(self._live)
+
+    async def generate(self, request: Request) -> AsyncIterator[SequenceOutput]:
+        """Outputs of one request, the last with a finish reason. Closing the iterator early aborts the request.
+
+        Raises Unavailable or Overloaded before the first output.
+        """
+        if self.info is None:
+            raise Unavailable("the inference worker is starting or restarting")
+        if len(self._live) >= self._limit:
+            raise Overloaded(f"{len(self._live)} requests are in flight, as many as may run and wait")
+        epoch, last = self.info.epoch, None
+        queue = self._live[request.request_id] = asyncio.Queue()
+        try:
+            self._send(Submit(epoch, request))
+            while last is None or last.finish_reason is None:
+                last = await queue.get()
+                yield last
+        finally:
+            del self._live[request.request_id]
+            left = last is None or last.finish_reason is None
+            if left and self.info is not None and self.info.epoch == epoch:
+                self._send(Abort(epoch, request.request_id))
+
+    def on_frame(self, frame: Frame) -> None:
+        """Take one frame of the worker."""
+        if frame.pong is not None and (self.info is None or frame.epoch != self.info.epoch):
+            self._worker_started(frame.pong)
+        if self.info is None or frame.epoch != self.info.epoch:
+            return  # from a worker that was given up
+        self._last_frame = time.monotonic()
+        for stats in frame.stats:
+            self._metrics.observe_step(stats)
+        for output in frame.outputs:
+            if (queue := self._live.get(output.request_id)) is not None:
+                queue.put_nowait(output)
+
+    async def watch(self) -> None:
+        """Ping the worker until cancelled; kill it when it is alive but silent."""
+        while True:
+            with suppress(ConnectionError, EOFError):  # the queue's own process is gone: main is shutting down
+                await asyncio.to_thread(self._send, Ping())
+            await asyncio.sleep(PING_SECONDS)
+            silent = time.monotonic() - self._last_frame
+            if self.info is not None and silent > self._hang_seconds:
+                logger.error("worker %d has been silent for %.0f s: killing it", self.info.pid, silent)
+                with suppress(ProcessLookupError):
+                    os.kill(self.info.pid, signal.SIGKILL)
+                self._worker_lost(self.info.epoch)
+
+    def _worker_started(self, info: EngineInfo) -> None:
+        if self.info is not None:
+            self._worker_lost(self.info.epoch)
+        try:
+            pidfd = os.pidfd_open(info.pid)
+        except ProcessLookupError:
+            return  # it died after it sent this
+        self.info, self._last_frame = info, time.monotonic()
+        self._metrics.worker_started()
+        logger.info("worker %d is up: %s, %s", info.pid, info.device, info.dtype)
+        loop = asyncio.get_running_loop()
+
+        def died() -> None:
+            loop.remove_reader(pidfd)
+            os.close(pidfd)
+            self._worker_lost(info.epoch)
+
+        loop.add_reader(pidfd, died)
+
+    def _worker_lost(self, epoch: str) -> None:
+        if self.info is None or self.info.epoch != epoch:
+            return
+        logger.error("worker %d is gone; %d requests in flight fail", self.info.pid, len(self._live))
+        self.info = None
+        self._metrics.worker_lost()
+        for request_id, queue in self._live.items():
+            queue.put_nowait(
+                SequenceOutput(
+                    request_id, (), (), FinishReason.ERROR,
+                    error="the inference worker died; it is being restarted", error_kind=ErrorKind.WORKER_LOST,
+                )
+            )  # fmt: skip

@@ -1,0 +1,50 @@
+"""What crosses between the API process and the worker. Without torch."""
+
+from dataclasses import dataclass
+
+from server.engine.types import Request, SequenceOutput, StepStats
+
+FRAMES = "chorus-frames"
+"""The one uid under which the worker answers; the frames inside carry the requests' own ids."""
+
+
+@dataclass(frozen=True)
+class Ping:
+    """Asks the worker for a sign of life; answered between two steps."""
+
+
+@dataclass(frozen=True)
+class Submit:
+    """A request for the worker of this epoch; another one drops it, since the edge has failed it already."""
+
+    epoch: str
+    request: Request
+
+
+@dataclass(frozen=True)
+class Abort:
+    """The client left."""
+
+    epoch: str
+    request_id: str
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What a worker says of itself."""
+
+    epoch: str  # one start of one worker
+    pid: int
+    device: str
+    dtype: str
+    weight_bytes: int
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One message of the worker: everything since the one before."""
+
+    epoch: str
+    pong: EngineInfo | None
+    outputs: tuple[SequenceOutput, ...]
+    stats: tuple[StepStats, ...]

@@ -1,0 +1,37 @@
+"""The OpenAI dialect; so far GET /v1/models."""
+
+from typing import Any
+
+from server.api.spec import ChorusSpec
+
+
+class OpenAIRoutes:
+    """The dialect's handlers over one spec."""
+
+    def __init__(self, spec: ChorusSpec) -> None:
+        self._spec = spec
+
+    def register(self) -> None:
+        """Add the routes."""
+        self._spec.add_endpoint("/v1/models", self.models, ["GET"])
+
+    async def models(self) -> dict[str, Any]:
+        """The base first, then every adapter that can be served, by name."""
+        state = self._spec.state
+        base, longest = state.model_name, state.max_model_len
+        cards = [_card(base, None, state.created, longest)]
+        cards += [_card(m.ref.name, base, m.created, longest) for m in state.store.all()]
+        return {"object": "list", "data": cards}
+
+
+def _card(name: str, base: str | None, created: float, max_model_len: int) -> dict[str, Any]:
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(created),
+        "owned_by": "chorus",
+        "root": base or name,
+        "parent": base,
+        "max_model_len": max_model_len,
+        "permission": [],
+    }

@@ -1,0 +1,36 @@
+"""What orchestrators ask: is it alive, is it ready, how is it doing."""
+
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from server.api.spec import ChorusSpec
+
+
+class ProbeRoutes:
+    """GET /health, /ready and /metrics; open without a key."""
+
+    def __init__(self, spec: ChorusSpec) -> None:
+        self._spec = spec
+
+    def register(self) -> None:
+        """Add the routes."""
+        self._spec.add_endpoint("/health", self.health, ["GET"])
+        self._spec.add_endpoint("/ready", self.ready, ["GET"])
+        self._spec.add_endpoint("/metrics", self.metrics, ["GET"])
+
+    async def health(self) -> Response:
+        """200 while the worker answers, 503 while it is down or hangs."""
+        if self._spec.link is not None and self._spec.link.up:
+            return Response()
+        return JSONResponse({"error": "unhealthy", "error_type": "healthcheck"}, 503)
+
+    async def ready(self) -> Response:
+        """200 when requests are taken, else 503 with what is missing."""
+        if self._spec.link is None or not self._spec.link.up:
+            missing = "the inference worker does not answer (starting or restarting)"
+            return JSONResponse({"ready": False, "missing": [missing]}, 503, {"Retry-After": "2"})
+        return JSONResponse({"ready": True, "missing": []})
+
+    async def metrics(self) -> Response:
+        """Prometheus' text format."""
+        return Response(self._spec.state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
