@@ -147,7 +147,7 @@ class Metrics:
         for metric in self._all:
             described = next(iter(metric.describe()))
             name = described.name + ("_total" if described.type == "counter" else "")
-            labels = ", ".join(metric._labelnames)  # pyright: ignore[reportPrivateUsage]
+            labels = ", ".join(metric._labelnames)  # pyright: ignore
             rows.append(f"| `{name}` | {described.type} | {labels} | {described.documentation} |")
         return "\n".join(rows) + "\n"
 

@@ -38,35 +38,41 @@ class Settings(BaseSettings):
     adapters_dir: Path = Field(
         BUNDLED_ADAPTERS, description="Folder of PEFT adapter folders, each served under its name; the bundled ones."
     )
-    host: Literal["127.0.0.1", "0.0.0.0", "::"] = Field("127.0.0.1", description="Address to listen on.")
-    port: Annotated[int, Field(ge=1024, le=65535)] = Field(8000, description="Port to listen on.")
+    host: Literal["127.0.0.1", "0.0.0.0", "::"] = Field(default="127.0.0.1", description="Address to listen on.")
+    port: Annotated[int, Field(ge=1024, le=65535)] = Field(default=8000, description="Port to listen on.")
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where to compute; auto is cuda if there is one."
     )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of weights and cache; auto is float32 on a CPU, bfloat16 on a GPU that has it."
     )
-    max_batch_size: int = Field(32, ge=1, le=1024, description="Requests that decode together.")
+    max_batch_size: int = Field(default=32, ge=1, le=1024, description="Requests that decode together.")
     max_model_len: int | None = Field(
         None, ge=2, description="Positions of a request, prompt and output; the model's own if left out."
     )
-    max_waiting: int = Field(1024, ge=0, description="Requests that may wait for a place; more are answered 429.")
+    max_waiting: int = Field(
+        default=1024, ge=0, description="Requests that may wait for a place; more are answered 429."
+    )
     max_resident_adapters: int | None = Field(
         None, ge=2, description="Adapters held on the device at once; the larger of 128 and twice max_batch_size."
     )
-    api_key: SecretStr | None = Field(None, description="Key that inference needs; open if left out.")
+    api_key: SecretStr | None = Field(default=None, description="Key that inference needs; open if left out.")
     admin_key: SecretStr | None = Field(
         None, description="Key of routes that change something; none exists yet, so nothing asks for it."
     )
-    hang_seconds: float = Field(60.0, gt=1, description="A worker silent for so long is killed and started anew.")
-    drain_seconds: int = Field(60, ge=1, description="How long SIGTERM waits for requests in flight.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe lines to log.")
+    hang_seconds: float = Field(
+        default=60.0, gt=1, description="A worker silent for so long is killed and started anew."
+    )
+    drain_seconds: int = Field(default=60, ge=1, description="How long SIGTERM waits for requests in flight.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least severe lines to log."
+    )
 
     @field_validator("api_key", "admin_key")
     @classmethod
-    def _not_empty(cls, value: SecretStr | None) -> SecretStr | None:
+    def _not_blank(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not value.get_secret_value().strip():
-            raise ValueError("is empty; leave it out to have no key")
+            raise ValueError("is blank; leave it out to have no key")
         return value
 
 

@@ -21,7 +21,9 @@ class Tokenizer:
                 self._tokenizer = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
             else:
                 self._tokenizer = tokenizers.Tokenizer(
-                    BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
+                    BPE.from_file(  # pyright: ignore[reportUnknownMemberType]
+                        str(folder / "vocab.json"), str(folder / "merges.txt")
+                    )
                 )
                 self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         except Exception as error:  # tokenizers raises bare Exception

@@ -14,8 +14,9 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ class ChorusServer(ls.LitServer):
         return self.exit_code
 
     @asynccontextmanager
-    async def lifespan(self, app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(self, app: FastAPI) -> AsyncGenerator[None]:
         """Runs inside the API process."""
         async with super().lifespan(app):
             link = self._connect()
@@ -148,7 +149,7 @@ class ChorusServer(ls.LitServer):
         processes = super()._start_server(*args, **kwargs)
 
         def watch() -> None:
-            multiprocessing.connection.wait([process.sentinel for process in processes.values()])
+            wait([process.sentinel for process in processes.values()])
             if not self._stopping:
                 logger.critical("the API process ended by itself")
                 self.exit_code = 1

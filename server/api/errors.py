@@ -74,9 +74,9 @@ def install_handlers(app: FastAPI) -> None:
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        kind = _BY_STATUS.get(error.status_code, "error")
-        headers = dict(error.headers or {})
-        return await on_api_error(request, ApiError(error.status_code, kind, str(error.detail), headers))
+        status = 422 if error.status_code == 400 else error.status_code  # FastAPI's own: bytes that are no text
+        kind = _BY_STATUS.get(status, "error")
+        return await on_api_error(request, ApiError(status, kind, str(error.detail), error.headers))
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(RequestValidationError, on_invalid)

@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 
 from server.api.messages import Abort, EngineInfo, Frame, Ping, Submit
@@ -45,11 +45,15 @@ class EngineLink:
         return self.info is not None
 
     @property
+    def _epoch(self) -> str | None:
+        return self.info.epoch if self.info is not None else None
+
+    @property
     def in_flight(self) -> int:
         """Requests that have not ended."""
         return len(self._live)
 
-    async def generate(self, request: Request) -> AsyncIterator[SequenceOutput]:
+    async def generate(self, request: Request) -> AsyncGenerator[SequenceOutput]:
         """Outputs of one request, the last with a finish reason. Closing the iterator early aborts the request.
 
         Raises Unavailable or Overloaded before the first output.
@@ -68,7 +72,7 @@ class EngineLink:
         finally:
             del self._live[request.request_id]
             left = last is None or last.finish_reason is None
-            if left and self.info is not None and self.info.epoch == epoch:
+            if left and self._epoch == epoch:
                 self._send(Abort(epoch, request.request_id))
 
     def on_frame(self, frame: Frame) -> None:

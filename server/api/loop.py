@@ -17,6 +17,7 @@ from litserve.utils import LitAPIStatus, LoopResponseType
 
 from server.api.messages import FRAMES, Abort, EngineInfo, Frame, Ping, Submit
 from server.engine.types import ErrorKind, FinishReason, SequenceOutput, StepStats
+from server.model.config import ModelError
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,11 @@ class ChorusAPI(ls.LitAPI):
         # torch stays out of the API process, which imports this module too.
         from server.api.build import build
 
-        self.engine, self.info = build(self.settings, self.model_dir)
+        try:
+            self.engine, self.info = build(self.settings, self.model_dir)
+        except (ModelError, ValueError, OSError) as error:
+            logger.error("%s", error)
+            raise SystemExit(1) from None
 
 
 class EngineLoop(LitLoop):
@@ -46,7 +51,7 @@ class EngineLoop(LitLoop):
 
     def __call__(
         self,
-        lit_api: ChorusAPI,
+        lit_api: Any,
         device: str,
         worker_id: int,
         request_queue: Any,
@@ -63,27 +68,27 @@ class EngineLoop(LitLoop):
         stats: list[StepStats] = []
         last_sent = time.monotonic()
         while True:
-            outputs, ponged = self._receive(engine, info, inbox)
-            if engine.has_work:
+            outputs, ponged, aborted = self._receive(engine, info, inbox)
+            if engine.has_work or aborted:  # a step after the last abort tells that nothing runs any more
                 step = engine.step()
                 outputs += step.outputs
                 stats.append(step.stats)
-                if not step.stats.batch_size:
+                if engine.has_work and not step.stats.batch_size:
                     time.sleep(0.001)  # only loads are under way
             idle = not engine.has_work
             if outputs or ponged or (stats and (idle or time.monotonic() - last_sent > STATS_SECONDS)):
                 outbox.put(Frame(info.epoch, info if ponged else None, tuple(outputs), tuple(stats)))
                 stats, last_sent = [], time.monotonic()
 
-    def _receive(self, engine: Any, info: EngineInfo, inbox: Any) -> tuple[list[SequenceOutput], bool]:
+    def _receive(self, engine: Any, info: EngineInfo, inbox: Any) -> tuple[list[SequenceOutput], bool, bool]:
         """Take every message that has come; with nothing to do, wait for one."""
         outputs: list[SequenceOutput] = []
-        ponged = False
+        ponged = aborted = False
         while True:
             try:
-                message = inbox.get_nowait() if engine.has_work or outputs or ponged else inbox.get()
+                message = inbox.get_nowait() if engine.has_work or outputs or ponged or aborted else inbox.get()
             except queue.Empty:
-                return outputs, ponged
+                return outputs, ponged, aborted
             match message:
                 case Ping():
                     ponged = True
@@ -94,6 +99,7 @@ class EngineLoop(LitLoop):
                         outputs.append(_refusal(request.request_id, str(error)))
                 case Abort(epoch, request_id) if epoch == info.epoch:
                     engine.abort(request_id)
+                    aborted = True
                 case _:
                     logger.debug("dropped a message for an earlier worker: %r", message)
 

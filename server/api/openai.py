@@ -13,7 +13,7 @@ class OpenAIRoutes:
 
     def register(self) -> None:
         """Add the routes."""
-        self._spec.add_endpoint("/v1/models", self.models, ["GET"])
+        self._spec.route("GET", "/v1/models", self.models)
 
     async def models(self) -> dict[str, Any]:
         """The base first, then every adapter that can be served, by name."""

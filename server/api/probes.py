@@ -14,9 +14,9 @@ class ProbeRoutes:
 
     def register(self) -> None:
         """Add the routes."""
-        self._spec.add_endpoint("/health", self.health, ["GET"])
-        self._spec.add_endpoint("/ready", self.ready, ["GET"])
-        self._spec.add_endpoint("/metrics", self.metrics, ["GET"])
+        self._spec.route("GET", "/health", self.health)
+        self._spec.route("GET", "/ready", self.ready)
+        self._spec.route("GET", "/metrics", self.metrics)
 
     async def health(self) -> Response:
         """200 while the worker answers, 503 while it is down or hangs."""

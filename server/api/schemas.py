@@ -1,6 +1,6 @@
 """Request models of the dialects, as docs/api.md and the OpenAPI document show them."""
 
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -22,18 +22,20 @@ class GenerateParameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    adapter_id: str | None = Field(None, description="An adapter's name; null or the base's name is the base.")
-    max_new_tokens: int | None = Field(None, ge=1, description="20 if null, or fewer where positions run out.")
-    do_sample: bool | None = Field(None, description="False is greedy.")
-    temperature: float | None = Field(None, gt=0, le=100, description="Needs do_sample; 1 if null.")
-    top_k: int | None = Field(None, ge=0, description="Needs do_sample; off if null or 0.")
-    top_p: float | None = Field(None, gt=0, le=1, description="Needs do_sample; off if null or 1.")
-    repetition_penalty: float | None = Field(None, gt=0, le=100, description="1, no penalty, if null.")
-    stop: list[str] | None = Field(None, max_length=MAX_STOP_SEQUENCES, description="Ends the text just before it.")
-    seed: int | None = Field(None, ge=0, le=MAX_SEED, description="Repeats a sampled text; drawn if null.")
-    return_full_text: bool | None = Field(None, description="Put the prompt before generated_text.")
-    details: bool | None = Field(None, description="Tell of tokens, counts and why it ended.")
-    ignore_eos_token: bool | None = Field(None, description="Go on to max_new_tokens.")
+    adapter_id: str | None = Field(default=None, description="An adapter's name; null or the base's name is the base.")
+    max_new_tokens: int | None = Field(default=None, ge=1, description="20 if null, or fewer where positions run out.")
+    do_sample: bool | None = Field(default=None, description="False is greedy.")
+    temperature: float | None = Field(default=None, gt=0, le=100, description="Needs do_sample; 1 if null.")
+    top_k: int | None = Field(default=None, ge=0, description="Needs do_sample; off if null or 0.")
+    top_p: float | None = Field(default=None, gt=0, le=1, description="Needs do_sample; off if null or 1.")
+    repetition_penalty: float | None = Field(default=None, gt=0, le=100, description="1, no penalty, if null.")
+    stop: list[str] | None = Field(
+        default=None, max_length=MAX_STOP_SEQUENCES, description="Ends the text just before it."
+    )
+    seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="Repeats a sampled text; drawn if null.")
+    return_full_text: bool | None = Field(default=None, description="Put the prompt before generated_text.")
+    details: bool | None = Field(default=None, description="Tell of tokens, counts and why it ended.")
+    ignore_eos_token: bool | None = Field(default=None, description="Go on to max_new_tokens.")
 
     @model_validator(mode="before")
     @classmethod
@@ -41,9 +43,9 @@ class GenerateParameters(BaseModel):
         if not isinstance(values, dict):
             return values
         kept: dict[str, Any] = {}
-        for field, value in values.items():  # pyright: ignore[reportUnknownVariableType]
+        for field, value in cast("dict[str, Any]", values).items():
             if field not in _NEUTRAL:
-                kept[str(field)] = value  # pyright: ignore[reportUnknownArgumentType]
+                kept[field] = value
             elif value is not None and not any(value == n and value is not True for n in _NEUTRAL[field]):
                 raise ValueError(f"`{field}` {value!r} is not supported; leave it out or null")
         return kept

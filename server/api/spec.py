@@ -8,7 +8,7 @@ import hmac
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -75,13 +75,17 @@ class ChorusSpec(LitSpec):
         self.link: EngineLink | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        live = {"served": None, "link": None, "response_buffer": None, "_endpoints": []}
+        live: dict[str, Any] = {"served": None, "link": None, "response_buffer": None, "_endpoints": []}
         return {**super().__getstate__(), **live}
 
     @property
     def stream(self) -> bool:
         """Frames arrive through LitServe's streaming path."""
         return True
+
+    def route(self, method: str, path: str, handler: Callable[..., Awaitable[Any]]) -> None:
+        """Add a route."""
+        self.add_endpoint(path, handler, [method])
 
     def decode_request(self, request: Any, context_kwargs: Any) -> Any:
         """Not used: the routes are our own."""
@@ -150,7 +154,7 @@ class ChorusSpec(LitSpec):
         sent = http.headers.get("x-request-id", "")
         return Generation(request, adapter, sent if _REQUEST_ID.fullmatch(sent) else request.request_id)
 
-    async def outputs(self, generation: Generation) -> AsyncIterator[SequenceOutput]:
+    async def outputs(self, generation: Generation) -> AsyncGenerator[SequenceOutput]:
         """The request's outputs; a failed one raises ApiError. Closing it early aborts the request."""
         metrics, request = self.state.metrics, generation.request
         last, generated, reason = None, 0, FinishReason.ABORT.value

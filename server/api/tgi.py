@@ -3,7 +3,7 @@
 import json
 import secrets
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -28,9 +28,9 @@ class TgiRoutes:
 
     def register(self) -> None:
         """Add the routes."""
-        self._spec.add_endpoint("/generate", self.generate, ["POST"])
-        self._spec.add_endpoint("/generate_stream", self.generate_stream, ["POST"])
-        self._spec.add_endpoint("/info", self.info, ["GET"])
+        self._spec.route("POST", "/generate", self.generate)
+        self._spec.route("POST", "/generate_stream", self.generate_stream)
+        self._spec.route("GET", "/info", self.info)
 
     async def generate(self, body: GenerateRequest, http: HttpRequest) -> Response:
         """Generate a text with an adapter, or with the base."""
@@ -110,8 +110,8 @@ class TgiRoutes:
         parameters: GenerateParameters,
         generation: Generation,
         first: SequenceOutput,
-        outputs: AsyncIterator[SequenceOutput],
-    ) -> AsyncIterator[str]:
+        outputs: AsyncGenerator[SequenceOutput],
+    ) -> AsyncGenerator[str]:
         text = self._assembler(generation)
         last: SequenceOutput | None = first
         try:
@@ -129,7 +129,7 @@ class TgiRoutes:
         except ApiError as error:
             yield _event({"error": error.message, "error_type": error.error_type})
         finally:
-            await outputs.aclose()  # pyright: ignore[reportAttributeAccessIssue,reportUnknownMemberType]
+            await outputs.aclose()
 
     def _assembler(self, generation: Generation) -> TextAssembler:
         state = self._spec.state

@@ -1,0 +1,62 @@
+# `make run` and `make test` do everything on a fresh machine with Python 3.11 and make.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# More arguments for pip, e.g. PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" for a small torch.
+PIP_ARGS ?=
+# Arguments for the server or the load test, e.g. make run ARGS="--port 9000".
+ARGS ?=
+BIN := .venv/bin
+# glibc gives big buffers back to the kernel at every step otherwise; page faults then cost up to a quarter of the time.
+export MALLOC_MMAP_MAX_ = 0
+export MALLOC_TRIM_THRESHOLD_ = 100000000000
+export MALLOC_TOP_PAD_ = 268435456
+
+.PHONY: install run test test-slow check format bench loadtest docs lock clean
+
+install: .venv/installed
+
+.venv/installed: requirements/cpu.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q $(PIP_ARGS) -r requirements/cpu.lock
+	$(BIN)/pip install --disable-pip-version-check -q --no-deps -e .
+	touch $@
+
+run: install
+	$(BIN)/python -m server $(ARGS)
+
+test: install
+	$(BIN)/pytest
+
+test-slow: install
+	$(BIN)/pytest -m slow --timeout 1800
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	$(BIN)/lint-imports
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: install
+	$(BIN)/python -m benchmarks.decode $(ARGS)
+
+loadtest: install
+	$(BIN)/python -m loadtests.run $(ARGS)
+
+docs: install
+	$(BIN)/python -m server.settings > docs/settings.md
+	$(BIN)/python -m server.metrics > docs/metrics.md
+
+# Resolve the CPU lock anew from pyproject.toml; torch stays as pinned here.
+lock:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --disable-pip-version-check -q $(PIP_ARGS) torch==2.13.0
+	.venv-lock/bin/pip install --disable-pip-version-check -q $(PIP_ARGS) -e '.[dev]'
+	{ echo "# CPU lock: exact versions for Python 3.11, installed by the Makefile. Made by 'make lock'."; \
+	  .venv-lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > requirements/cpu.lock
+	rm -rf .venv-lock
+
+clean:
+	rm -rf .venv .venv-lock .pytest_cache .ruff_cache .import_linter_cache runs
