@@ -26,7 +26,7 @@ class Tokenizer:
                     )
                 )
                 self._tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-                self._tokenizer.add_special_tokens(["<|endoftext|>"])
+                self._tokenizer.add_special_tokens(["<|endoftext|>"])  # pyright: ignore[reportUnknownMemberType]
         except Exception as error:  # tokenizers raises bare Exception
             raise ModelError(
                 f"{folder}: no readable tokenizer.json, or vocab.json with merges.txt ({error})"

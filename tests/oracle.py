@@ -6,6 +6,7 @@ import itertools
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -24,10 +25,10 @@ TIE = 1e-4  # a differing token is excused when the two candidates' logits lie t
 TOKEN_BYTES = [bytes([97 + i % 26]) * (1 + i % 3) for i in range(VOCAB)]
 
 
-def make_checkpoint(folder: Path, seed: int = 0, **fields: object) -> GPT2LMHeadModel:
+def make_checkpoint(folder: Path, seed: int = 0, **fields: Any) -> GPT2LMHeadModel:
     """A random GPT-2 saved in `folder`; weights large enough that logits differ plainly."""
     torch.manual_seed(seed)
-    defaults: dict[str, object] = {
+    defaults: dict[str, Any] = {
         "vocab_size": VOCAB, "n_positions": 64, "n_embd": 32, "n_layer": 3, "n_head": 4, "initializer_range": 0.25,
         "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": EOS, "eos_token_id": EOS,
     }  # fmt: skip
@@ -44,13 +45,13 @@ def make_checkpoint(folder: Path, seed: int = 0, **fields: object) -> GPT2LMHead
 
 
 def make_adapter(
-    base: Path, folder: Path, seed: int, targets: list[str] | str, rank: int = 4, size: float = 0.3, **fields: object
+    base: Path, folder: Path, seed: int, targets: list[str] | str, rank: int = 4, size: float = 0.3, **fields: Any
 ) -> None:
     """A random PEFT adapter for the checkpoint in `base`, saved by PEFT itself."""
     torch.manual_seed(seed)
     config = LoraConfig(
         r=rank, lora_alpha=2 * rank, target_modules=targets, fan_in_fan_out=True, task_type="CAUSAL_LM", **fields
-    )  # type: ignore[arg-type]
+    )
     model = get_peft_model(GPT2LMHeadModel.from_pretrained(base), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -89,9 +90,9 @@ def make_prompts(count: int, seed: int, longest: int = 20) -> list[list[int]]:
 
 
 def request(
-    name: object, prompt: Sequence[int], adapter: AdapterRef | None = None, *, stream: bool = False, **params: object
+    name: object, prompt: Sequence[int], adapter: AdapterRef | None = None, *, stream: bool = False, **params: Any
 ) -> Request:
-    return Request(str(name), tuple(prompt), SamplingParams(**params), adapter, stream=stream)  # type: ignore[arg-type]
+    return Request(str(name), tuple(prompt), SamplingParams(**params), adapter, stream=stream)
 
 
 def run(engine: Engine, requests: Iterable[Request], *, per_step: int = 1000) -> dict[str, SequenceOutput]:

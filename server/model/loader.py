@@ -38,17 +38,17 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> GPT2:
         head = reader.read("lm_head.weight", (config.vocab_size, config.n_embd), device, dtype)
         if not torch.equal(head, weights["wte.weight"]):
             raise ModelError(f"{folder}: lm_head.weight differs from wte.weight; only tied embeddings are supported")
+    return model_from_tensors(config, weights)
+
+
+def model_from_tensors(config: GPT2Config, weights: dict[str, torch.Tensor]) -> GPT2:
+    """A GPT2 over tensors named and shaped as `expected_shapes` says."""
     layers = [
         LayerWeights(**{_field(name): weights[f"h.{i}.{name}"] for name in _layer_shapes(config)})
         for i in range(config.n_layer)
     ]
     return GPT2(
-        config,
-        weights["wte.weight"],
-        weights["wpe.weight"],
-        layers,
-        weights["ln_f.weight"],
-        weights["ln_f.bias"],
+        config, weights["wte.weight"], weights["wpe.weight"], layers, weights["ln_f.weight"], weights["ln_f.bias"]
     )
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
@@ -12,13 +13,11 @@ from tests.api.conftest import ServerProcess
 PROMPT = "Quote by Oscar Wilde:"
 
 
-def post(
-    server: ServerProcess, path: str = "/generate", inputs: object = PROMPT, **parameters: object
-) -> httpx.Response:
+def post(server: ServerProcess, path: str = "/generate", inputs: Any = PROMPT, **parameters: Any) -> httpx.Response:
     return httpx.post(f"{server.url}{path}", json={"inputs": inputs, "parameters": parameters}, timeout=60)
 
 
-def events(server: ServerProcess, **parameters: object) -> Iterator[dict]:
+def events(server: ServerProcess, **parameters: Any) -> Iterator[dict]:
     body = {"inputs": PROMPT, "parameters": parameters}
     with httpx.stream("POST", f"{server.url}/generate_stream", json=body, timeout=60) as response:
         assert response.status_code == 200

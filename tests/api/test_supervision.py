@@ -6,6 +6,7 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
@@ -15,7 +16,7 @@ from tests.api.conftest import ServerProcess
 LONG = {"max_new_tokens": 250, "ignore_eos_token": True}
 
 
-def generate(server: ServerProcess, **parameters: object) -> httpx.Response:
+def generate(server: ServerProcess, **parameters: Any) -> httpx.Response:
     return httpx.post(f"{server.url}/generate", json={"inputs": "a", "parameters": parameters}, timeout=90)
 
 
@@ -23,7 +24,7 @@ def running(server: ServerProcess) -> float:
     return server.metric("vllm:num_requests_running")
 
 
-def flood(server: ServerProcess, count: int, **parameters: object) -> tuple[ThreadPoolExecutor, list]:
+def flood(server: ServerProcess, count: int, **parameters: Any) -> tuple[ThreadPoolExecutor, list]:
     """`count` requests in threads, all of them running or waiting when this returns."""
     pool = ThreadPoolExecutor(count)
     futures = [pool.submit(generate, server, **parameters) for _ in range(count)]
