@@ -1,0 +1,197 @@
+"""From a data source to token ids: filters, checks, duplicates, splits. Runs before any weights are loaded.
+
+Every row that can't be used is kept with its place and reason. A text that occurs twice is used once, and never on
+both sides of a split: held-out rows are taken first, so that training loses the copy.
+"""
+
+import difflib
+import random
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from training.base import Base
+from training.config import TrainConfig
+from training.errors import DataError
+from training.sources import RawRow, read_source
+from training.template import Template, fill
+
+HELD_OUT_SHARE = 0.05
+MAX_HELD_OUT = 500
+_ORDER = ("heldout_authors", "test", "valid", "train", "all")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One usable row. token_ids ends with EOS; its first prompt_length ids are the prompt with its punctuation."""
+
+    fields: dict[str, str]
+    token_ids: list[int]
+    prompt_length: int
+    key: str  # the normalised text: equal keys are duplicates
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A row that was left out."""
+
+    source: str
+    line: int
+    reason: str
+    detail: str = ""
+
+
+@dataclass
+class Corpus:
+    """What a run trains and measures on."""
+
+    train: list[Example] = field(default_factory=list)
+    valid: list[Example] = field(default_factory=list)
+    test: list[Example] = field(default_factory=list)
+    heldout_authors: list[Example] = field(default_factory=list)
+    skipped: list[Skipped] = field(default_factory=list)
+    filtered: Counter[str] = field(default_factory=Counter)  # flag -> rows it left out
+
+
+def load_corpus(config: TrainConfig, base: Base) -> Corpus:
+    """Read, filter and encode the data.
+
+    Raises DataError if a column or an author isn't there, or no row is usable.
+    """
+    raw = read_source(config.data)
+    template = config.parsed_template()
+    wanted = [*template.fields, *(["author"] if config.authors else []), *(["tags"] if config.tags else [])]
+    columns = {name: config.columns.get(name, name) for name in wanted}
+    _check_columns(config, columns, raw)
+    if config.authors:
+        _check_authors(config, columns["author"], raw)
+    corpus = Corpus()
+    seen: dict[str, str] = {}
+    splits: dict[str, list[Example]] = {}
+    for split in _ORDER:
+        # Filters choose what is learned; the authors held out are for prompts that it has never seen.
+        filters = split != "heldout_authors"
+        splits[split] = list(_examples(raw.get(split, ()), config, template, columns, base, corpus, seen, filters))
+    _split(corpus, splits, config)
+    return corpus
+
+
+def _examples(
+    rows: Iterable[RawRow], config: TrainConfig, template: Template, columns: Mapping[str, str], base: Base,
+    corpus: Corpus, seen: dict[str, str], filters: bool,
+) -> Iterable[Example]:  # fmt: skip
+    prompt_field = template.prompt
+    for row in rows:
+        place = f"{row.source}:{row.line}"
+
+        def skip(reason: str, detail: str = "", row: RawRow = row) -> None:
+            corpus.skipped.append(Skipped(row.source, row.line, reason, detail))
+
+        if row.problem:
+            skip("unreadable row", row.problem)
+            continue
+        if filters and config.authors and str(row.values.get(columns["author"])).strip() not in config.authors:
+            corpus.filtered["--author"] += 1
+            continue
+        if filters and config.tags and not set(config.tags) & _tags(row.values.get(columns["tags"])):
+            corpus.filtered["--tag"] += 1
+            continue
+        values = {name: _string(row.values.get(columns[name])) for name in template.fields}
+        missing = [columns[name] for name, value in values.items() if not value]
+        if missing:
+            skip("missing field", f"{', '.join(missing)} is missing or empty")
+            continue
+        text = " ".join(values[name] for name in template.completion_fields)
+        if len(text) > config.max_chars:
+            corpus.filtered["--max-chars"] += 1
+            continue
+        key = normalised(text)
+        if key in seen:
+            skip("duplicate", f"the same text as {seen[key]}")
+            continue
+        ids = [*base.encode(template.render(values)), base.eos]
+        if len(ids) > base.context:
+            skip("longer than the context", f"{len(ids)} tokens; the base takes {base.context}")
+            continue
+        seen[key] = place
+        yield Example(values, ids, len(base.encode(fill(prompt_field, values))), key)
+
+
+def _split(corpus: Corpus, splits: Mapping[str, list[Example]], config: TrainConfig) -> None:
+    """Fill the corpus's splits; a source that has none, or whose filters emptied one, is split by the seed."""
+    corpus.heldout_authors = splits["heldout_authors"]
+    train = [*splits["train"], *splits["all"]]
+    usable = len(train) + len(splits["valid"]) + len(splits["test"])
+    if usable == 0:
+        raise DataError(_no_rows(config, corpus))
+    random.Random(config.seed).shuffle(train)
+    held_out = min(MAX_HELD_OUT, max(1, round(HELD_OUT_SHARE * len(train))))
+    if len(train) + len(splits["valid"]) + len(splits["test"]) < 3 or len(train) < 1:
+        raise DataError(f"--data {config.data}: {usable} usable rows; give at least 3, to train, validate and test on")
+    corpus.valid, corpus.test = splits["valid"], splits["test"]
+    if not corpus.test and len(train) > 1:
+        corpus.test, train = train[:held_out], train[held_out:]
+    if not corpus.valid and len(train) > 1:
+        corpus.valid, train = train[:held_out], train[held_out:]
+    if config.limit is not None:
+        corpus.filtered["--limit"] += max(0, len(train) - config.limit)
+        train = train[: config.limit]
+    corpus.train = train
+
+
+def normalised(text: str) -> str:
+    """Lower case, letters and digits only: what two copies of one quote have in common."""
+    return " ".join(re.findall(r"\w+", text.lower().replace("'", "").replace("’", "")))
+
+
+def _check_columns(config: TrainConfig, columns: Mapping[str, str], raw: Mapping[str, list[RawRow]]) -> None:
+    found = sorted({str(key) for rows in raw.values() for row in rows for key in row.values})
+    if not found:
+        problems = [row for rows in raw.values() for row in rows]
+        first = f"; {problems[0].source} line {problems[0].line}: {problems[0].problem}" if problems else ""
+        raise DataError(f"--data {config.data}: no usable row{first}")
+    missing = {name: column for name, column in columns.items() if column not in found}
+    if missing:
+        name, column = next(iter(missing.items()))
+        near = difflib.get_close_matches(column, found, n=1) or found[:1]
+        raise DataError(
+            f"--data {config.data}: no column {', '.join(repr(c) for c in missing.values())}; it has "
+            f"{', '.join(map(repr, found))}. Name the column of a template field with --column, for example "
+            f"--column {name}={near[0]}"
+        )
+
+
+def _check_authors(config: TrainConfig, column: str, raw: Mapping[str, list[RawRow]]) -> None:
+    trainable = Counter(
+        str(row.values.get(column)).strip() for split, rows in raw.items() if split != "heldout_authors" for row in rows
+    )
+    for author in config.authors:
+        if author not in trainable:
+            by_fold = {name.casefold(): name for name in trainable}
+            near = [by_fold[n] for n in difflib.get_close_matches(author.casefold(), by_fold, n=3, cutoff=0.5)]
+            near = near or [name for name, _ in trainable.most_common(3)]
+            raise DataError(
+                f"--author {author!r}: no row of {config.data} is by this author; nearest: "
+                + ", ".join(f"{name!r} ({trainable[name]} rows)" for name in near)
+            )
+
+
+def _no_rows(config: TrainConfig, corpus: Corpus) -> str:
+    reasons = Counter(skipped.reason for skipped in corpus.skipped) + corpus.filtered
+    listed = ", ".join(f"{n} by {r}" if r.startswith("--") else f"{n} {r}" for r, n in reasons.most_common())
+    first = next((f"; first: {s.source} line {s.line}: {s.detail or s.reason}" for s in corpus.skipped), "")
+    return f"--data {config.data}: no usable row (left out: {listed or 'the source is empty'}){first}"
+
+
+def _string(value: Any) -> str:
+    if isinstance(value, str):
+        return value.strip()
+    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) and value == value else ""
+
+
+def _tags(value: Any) -> set[str]:
+    if isinstance(value, str):
+        value = value.split(",")
+    return {str(tag).strip() for tag in value} if isinstance(value, list | tuple) else set()
