@@ -1,7 +1,7 @@
 """Time of a decode step by batch size and number of distinct adapters: `python -m benchmarks.decode [--json]`.
 
 The engine alone, random weights at gpt2-medium's sizes (or --model DIR), rank 8 on c_attn and attn.c_proj; prompts of
-32 tokens. Variants alternate within one run; medians over the repeats are told, and ratios to the base of the same size.
+32 tokens. Variants alternate within one run; medians over the repeats and ratios to the base of the same size are told.
 """
 
 import argparse

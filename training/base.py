@@ -18,7 +18,8 @@ from training.config import DEMO_BASE, stable_path
 from training.errors import BaseError
 
 _FILES = ["*.json", "*.safetensors", "merges.txt", "vocab.json"]
-_INSTEAD = f"give --model DIR with a checkpoint on disk, or leave --model out for the demo base ({stable_path(str(DEMO_BASE))})"
+_DEMO = stable_path(str(DEMO_BASE))
+_INSTEAD = f"give --model DIR with a checkpoint on disk, or leave --model out for the demo base ({_DEMO})"
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,10 @@ def _fetch(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=_FILES))
     except (RepositoryNotFoundError, GatedRepoError, HFValidationError) as error:
-        raise BaseError(f"--model {model}: neither a directory nor a readable hub model ({_first_line(error)}); {_INSTEAD}") from error
-    except Exception as error:  # noqa: BLE001 - the client raises what its HTTP library of the day raises
+        raise BaseError(
+            f"--model {model}: neither a directory nor a readable hub model ({_first_line(error)}); {_INSTEAD}"
+        ) from error
+    except Exception as error:
         raise BaseError(f"--model {model}: the hub can't be reached ({_first_line(error)}); {_INSTEAD}") from error
 
 

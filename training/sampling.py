@@ -31,7 +31,7 @@ class Sample:
 def sample(
     model: Any, prompts: Sequence[Sequence[int]], eos: int, settings: SamplingSettings, seed: int
 ) -> list[Sample]:
-    """One continuation of each prompt (token ids), in order. The same seed gives the same samples on the same machine."""
+    """One continuation of each prompt (token ids), in order. On one machine the same seed gives the same samples."""
     generator = torch.Generator().manual_seed(seed)
     samples: list[Sample] = []
     for start in range(0, len(prompts), settings.batch_size):

@@ -40,7 +40,9 @@ def read_source(source: str) -> dict[str, list[RawRow]]:
     if path.is_dir():
         files = {s: f for f in sorted(path.iterdir()) if f.suffix in SUFFIXES and (s := SPLITS.get(f.stem))}
         if "train" not in files:
-            raise DataError(f"--data {source}: the folder has no train file ({', '.join('train' + s for s in SUFFIXES)})")
+            raise DataError(
+                f"--data {source}: the folder has no train file ({', '.join('train' + s for s in SUFFIXES)})"
+            )
         return {split: _read_file(file) for split, file in files.items()}
     if path.is_file():
         return {"all": _read_file(path)}
@@ -65,8 +67,8 @@ def _text(path: Path) -> str:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"--data {path}: line {line} is not UTF-8 (byte 0x{error.object[error.start]:02x}); convert the file first, "
-            f"for example: iconv -f latin1 -t utf-8 {path.name} > utf8{path.suffix}"
+            f"--data {path}: line {line} is not UTF-8 (byte 0x{error.object[error.start]:02x}); convert the file "
+            f"first, for example: iconv -f latin1 -t utf-8 {path.name} > utf8{path.suffix}"
         ) from None
     except OSError as error:
         raise DataError(f"--data {path}: can't be read: {error.strerror}") from error
@@ -105,7 +107,7 @@ def _parquet(path: Path) -> Iterator[RawRow]:
         rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
         for number, row in enumerate(rows, start=1):
             yield RawRow(path.name, number, dict(row))
-    except Exception as error:  # noqa: BLE001 - datasets raises what its readers raise
+    except Exception as error:
         raise DataError(f"--data {path}: can't be read as parquet: {error}") from error
 
 
@@ -114,11 +116,11 @@ def _read_hub(source: str) -> dict[str, list[RawRow]]:
 
     try:
         loaded = load_dataset(source)
-    except Exception as error:  # noqa: BLE001 - datasets raises what its HTTP library raises
+    except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
-            f"--data {source}: no such file, and no data set of this id could be loaded from the hub ({reason}); give a "
-            f"file ({', '.join(SUFFIXES)}), or leave --data out for the shipped quotes"
+            f"--data {source}: no such file, and no data set of this id could be loaded from the hub ({reason}); "
+            f"give a file ({', '.join(SUFFIXES)}), or leave --data out for the shipped quotes"
         ) from error
     splits: dict[str, list[RawRow]] = {}
     for name, rows in loaded.items():

@@ -33,14 +33,16 @@ class Template:
         pieces = _pieces(text)
         fields = tuple(dict.fromkeys(field for _, field in pieces if field is not None))
         if not fields:
-            raise ConfigError(f"--template {text!r} has no {{field}}; write for example 'Quote by {{author}}: \"{{quote}}\"'")
+            raise ConfigError(
+                f"--template {text!r} has no {{field}}; write for example 'Quote by {{author}}: \"{{quote}}\"'"
+            )
         if prompt is None:
             prompt = text[: text.rindex("{" + fields[-1] + "}")].rstrip(_OPENING)
         elif not text.startswith(prompt) or prompt == text:
             raise ConfigError(f"--prompt {prompt!r} is not the beginning of --template {text!r}")
         if not prompt.strip():
             raise ConfigError(
-                f"--template {text!r} leaves nothing to prompt with: put a word before the text, e.g. 'Maxim: {{quote}}'"
+                f"--template {text!r} leaves nothing to prompt with: put a word before it, e.g. 'Maxim: {{quote}}'"
             )
         bare = prompt.rstrip(_PUNCTUATION)
         return cls(text, fields, prompt, bare if bare and bare != prompt else None)

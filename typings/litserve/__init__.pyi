@@ -6,7 +6,6 @@ from threading import Event
 from typing import Any
 
 from fastapi import FastAPI
-
 from litserve.loops import LitLoop
 from litserve.specs.base import LitSpec
 from litserve.utils import ResponseBufferItem
