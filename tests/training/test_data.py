@@ -1,0 +1,154 @@
+"""Rows from files: every one is used, filtered or reported with its place and reason."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from training.base import Base, open_base
+from training.config import TrainConfig
+from training.data import Corpus, load_corpus
+from training.errors import BaseError, DataError
+
+GOOD = [{"author": "A", "quote": f"number {n}"} for n in range(6)]
+
+
+def load(base: Base, source: Path, **settings) -> Corpus:
+    return load_corpus(TrainConfig("x", data=str(source), **settings), base)
+
+
+def jsonl(path: Path, rows: list) -> Path:
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def texts(corpus: Corpus) -> list[str]:
+    splits = (corpus.train, corpus.valid, corpus.test)
+    return sorted(example.fields["quote"] for split in splits for example in split)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "tsv", "parquet"])
+def test_formats_agree(kind: str, base: Base, tmp_path: Path) -> None:
+    file = tmp_path / f"data.{kind}"
+    if kind == "jsonl":
+        jsonl(file, GOOD)
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GOOD), file)
+    else:
+        mark = "," if kind == "csv" else "\t"
+        file.write_text("".join(mark.join(row) + "\n" for row in [("author", "quote"), *(r.values() for r in GOOD)]))
+    corpus = load(base, file)
+    assert texts(corpus) == [row["quote"] for row in GOOD]
+    assert not corpus.skipped
+
+
+def test_unusable_rows_are_reported_by_line_and_reason(base: Base, tmp_path: Path) -> None:
+    rows = [
+        *GOOD,
+        "{not json",
+        '["a list"]',
+        {"author": "A"},
+        {"author": "", "quote": "nobody's"},
+        {"author": "B", "quote": "Number,  3!"},
+        {"author": "A", "quote": "word " * 35 + "end"},
+    ]
+    corpus = load(
+        base, jsonl(tmp_path / "data.jsonl", rows), template='Quote by {author}, who said: "{quote}" ' + "x " * 20
+    )
+    assert [(row.line, row.reason) for row in corpus.skipped] == [
+        (7, "unreadable row"), (8, "unreadable row"), (9, "missing field"), (10, "missing field"),
+        (11, "duplicate"), (12, "longer than the context"),
+    ]  # fmt: skip
+    assert corpus.skipped[4].detail == "the same text as data.jsonl:4"
+    assert "tokens; the base takes 64" in corpus.skipped[5].detail
+
+
+def test_duplicates_never_straddle_a_split(base: Base, tmp_path: Path) -> None:
+    jsonl(tmp_path / "train.jsonl", [*GOOD, {"author": "A", "quote": "held"}])
+    jsonl(tmp_path / "test.jsonl", [{"author": "A", "quote": "Number 2."}])
+    jsonl(tmp_path / "heldout_authors.jsonl", [{"author": "Z", "quote": "Held!"}])
+    corpus = load(base, tmp_path)
+    assert {e.key for e in corpus.train + corpus.valid} == {f"number {n}" for n in (0, 1, 3, 4, 5)}
+    assert [e.key for e in corpus.test] == ["number 2"]
+    assert [(row.source, row.line) for row in corpus.skipped] == [("train.jsonl", 3), ("train.jsonl", 7)]
+
+
+def test_filters_and_columns(base: Base, tmp_path: Path) -> None:
+    rows = [
+        {"who": "A" if n % 2 else "B", "text": f"line {n}" + "!" * n, "tags": "x, y" if n < 8 else []}
+        for n in range(12)
+    ]
+    file = jsonl(tmp_path / "data.jsonl", rows)
+    names = {"author": "who", "quote": "text"}
+    corpus = load(base, file, columns=names, authors=("A",), tags=("y",), max_chars=11)
+    assert texts(corpus) == ["line 1!", "line 3!!!", "line 5!!!!!"]
+    assert corpus.filtered == {"--author": 6, "--tag": 2, "--max-chars": 1}
+    assert len(load(base, file, columns=names, limit=4).train) == 4
+
+
+def test_examples_end_in_eos_and_know_their_prompt(base: Base, tmp_path: Path) -> None:
+    example = load(base, jsonl(tmp_path / "data.jsonl", GOOD)).train[0]
+    text = base.tokenizer.decode(example.token_ids)
+    assert text == f'Quote by A: "{example.fields["quote"]}"<|endoftext|>'
+    assert base.tokenizer.decode(example.token_ids[: example.prompt_length]) == "Quote by A:"
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ([], {}, "no usable row"),
+        (["nonsense"], {}, "no usable row; data.jsonl line 1: not valid JSON"),
+        ([{"quote": "a"}], {}, "no column 'author'; it has 'quote'"),
+        ([{"author": "A", "quotes": "a"}], {}, "--column quote=quotes"),
+        ([{"author": "", "quote": "a"}], {}, "left out: 1 missing field"),
+        (GOOD, {"max_chars": 2}, "left out: 6 by --max-chars"),
+        (GOOD, {"authors": ("a",)}, "--author 'a': no row of"),
+        (GOOD[:2], {}, "2 usable rows; give at least 3"),
+    ],
+)
+def test_a_file_without_usable_rows_is_an_error(rows, settings, message: str, base: Base, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        load(base, jsonl(tmp_path / "data.jsonl", rows), **settings)
+    assert message in str(caught.value)
+
+
+def test_other_encodings_and_formats_are_named(base: Base, tmp_path: Path) -> None:
+    (tmp_path / "latin.csv").write_bytes("author,quote\nA,d\xe9j\xe0 vu\n".encode("latin1"))
+    with pytest.raises(DataError, match="line 2 is not UTF-8"):
+        load(base, tmp_path / "latin.csv")
+    (tmp_path / "data.xlsx").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"can't tell the format.*\.jsonl"):
+        load(base, tmp_path / "data.xlsx")
+
+
+def test_a_base_that_is_no_gpt2_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BaseError, match=r"no such directory.*leave --model out for the demo base"):
+        open_base("./nowhere")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(BaseError, match="is a 'llama' model"):
+        open_base(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "openai-community/gpt2-medium"], "the hub can't be reached"),
+        (["--data", "someone/quotes"], "no data set of this id could be loaded from the hub"),
+    ],
+)
+def test_an_unreachable_hub_is_told_with_the_way_out(flags: list[str], message: str, tmp_path: Path) -> None:
+    """In a process of its own: the hub's address is read once, at import."""
+    environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    done = subprocess.run(
+        [sys.executable, "-m", "training", "--name", "x", "--output", str(tmp_path / "out"), *flags],
+        env=environment, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert message in last
+    assert "leave --model out" in last or "leave --data out" in last

@@ -1,0 +1,97 @@
+"""Whole runs on a tiny base: what is written, repeated, resumed and refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import GPT2LMHeadModel
+
+from adapters.validation import inspect_adapter
+from server.model.config import GPT2Config
+from training import train
+from training.__main__ import main
+from training.base import Base
+
+FILES = {"adapter_config.json", "adapter_model.safetensors", "report.json", "golden.json", "loss.png", "README.md"}
+
+
+def flags(name: str, output: Path, base: Path, data: Path, *more: str) -> list[str]:
+    return [
+        "--name", name, "--output", str(output), "--model", str(base), "--data", str(data), "--eval-samples", "6",
+        "--batch-size", "8", "--epochs", "2", "--rank", "4", "--seed", "3", *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_base: Path, quotes_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("out")
+    assert main(flags("voice", output, tiny_base, quotes_file)) == 0
+    return output / "voice"
+
+
+def test_the_folder_is_whole_and_nothing_else_is_left(trained: Path) -> None:
+    assert {file.name for file in trained.iterdir()} == FILES
+    assert [folder.name for folder in trained.parent.iterdir()] == ["voice"]
+
+
+def test_the_server_takes_it_as_it_is(trained: Path, tiny_base: Path) -> None:
+    manifest = inspect_adapter(trained, "voice", GPT2Config.read(tiny_base).adapter_shape)
+    assert manifest.rank == 4
+    assert {key.target for key in manifest.modules} == {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+
+
+def test_the_report_shows_base_beside_adapter(trained: Path) -> None:
+    report = json.loads((trained / "report.json").read_text())
+    assert report["data"]["used"] == {"train": 72, "valid": 4, "test": 4, "heldout_authors": 0}
+    assert report["training"]["steps"] == 18
+    assert report["config"]["rank"] == 4
+    assert {row["metric"] for row in report["rows"]} == set(report["metrics"])
+    assert all(row["base"] is not None and row["adapter"] is not None for row in report["rows"])
+    perplexity = next(row for row in report["rows"] if row["metric"] == "perplexity")
+    assert perplexity["adapter"] < perplexity["base"]
+
+
+def test_golden_tokens_are_peft_generates(trained: Path, tiny_base: Path, base: Base) -> None:
+    golden = json.loads((trained / "golden.json").read_text())
+    model = PeftModel.from_pretrained(GPT2LMHeadModel.from_pretrained(tiny_base), trained).eval()
+    for entry in golden["prompts"]:
+        ids = torch.tensor([entry["prompt_token_ids"]])
+        out = model.generate(input_ids=ids, do_sample=False, max_new_tokens=24, pad_token_id=base.eos)
+        assert out[0, ids.shape[1] :].tolist() == entry["token_ids"]
+
+
+def test_the_same_seed_gives_the_same_adapter_also_after_an_interruption(
+    trained: Path, tiny_base: Path, quotes_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = flags("voice", tmp_path, tiny_base, quotes_file)
+    calls = 0
+    plain_loss = train.frozen_head_loss
+
+    def interrupted(*args):
+        nonlocal calls
+        calls += torch.is_grad_enabled()
+        if calls > 11:
+            raise KeyboardInterrupt
+        return plain_loss(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "frozen_head_loss", interrupted)
+        assert main(run) == 130
+    assert not (tmp_path / "voice").exists()
+    assert main(run) == 2  # an unfinished run isn't thrown away silently
+    assert main([*run, "--resume", "--lr", "0.1"]) == 2  # nor mixed with another
+    assert main([*run, "--resume"]) == 0
+    again, first = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "voice", trained))
+    assert again.keys() == first.keys()
+    assert all(torch.equal(again[name], first[name]) for name in first)
+
+
+def test_an_adapter_is_replaced_only_when_told_to(
+    trained: Path, tiny_base: Path, quotes_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = flags("voice", trained.parent, tiny_base, quotes_file)
+    assert main(run) == 2
+    assert "exists: choose another --name, or --overwrite" in capsys.readouterr().err
