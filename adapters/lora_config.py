@@ -18,6 +18,7 @@ from adapters.errors import AdapterRefused, AdapterUnavailable
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_REGEX_CHARS = 256
+MAX_REGEX_REPEATS = 6
 MAX_RANK = 512
 
 _HONOURED = {
@@ -27,7 +28,7 @@ _HONOURED = {
 _INERT = {
     "task_type", "base_model_name_or_path", "revision", "inference_mode", "lora_dropout", "auto_mapping",
     "peft_version", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config",
-    "ensure_weight_tying",
+    "ensure_weight_tying", "eva_config",
 }  # fmt: skip
 _NEUTRAL_INIT = (True, False, None, "gaussian", "orthogonal", "eva")
 
@@ -48,7 +49,9 @@ def read_lora_spec(folder: Path, shape: BaseShape) -> LoraSpec:
     config = _read_json(folder / CONFIG_FILE)
     _refuse_unsupported(config)
     rank, alpha = _integer(config, "r", 8), _number(config.get("lora_alpha", 8), "lora_alpha")
-    rslora = config.get("use_rslora") is True
+    rslora = config.get("use_rslora") or False
+    if not isinstance(rslora, bool):
+        raise AdapterRefused(f"use_rslora is {rslora!r}: expected true or false")
     rank_pattern, alpha_pattern = _pattern(config, "rank_pattern"), _pattern(config, "alpha_pattern")
     modules: dict[ModuleKey, tuple[int, float]] = {}
     for layer in range(shape.n_layer):
@@ -79,7 +82,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise AdapterRefused(f"no {CONFIG_FILE} in {path.parent.name}: not a PEFT adapter folder") from None
     except OSError as error:
         raise AdapterUnavailable(f"{CONFIG_FILE} can't be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AdapterRefused(f"{CONFIG_FILE} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise AdapterRefused(f"{CONFIG_FILE} holds {type(value).__name__}, expected an object")
@@ -115,17 +118,36 @@ def _targets(config: Mapping[str, Any], name: str) -> bool:
         return True
     if not wanted or not _listed(wanted, name, "target_modules"):
         return False
-    layers = config.get("layers_to_transform")
-    if isinstance(wanted, str) or layers is None or layers == []:
+    layers = _layers(config)
+    if not layers or isinstance(wanted, str) or name in wanted:  # a full name is adapted whatever its layer
         return True
-    given: Any = config.get("layers_pattern") or []
-    patterns: list[str] = [given] if isinstance(given, str) else given
-    if not patterns:
-        found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
-    else:
-        matches = (re.match(rf"(?:^|.*?\.){re.escape(p)}\.(?P<idx>\d+)\.", name) for p in patterns)
+    if patterns := _layers_patterns(config):
+        matches = (re.match(pattern, name) for pattern in patterns)
         found = next((m for m in matches if m), None)
-    return found is not None and int(found["idx"]) in ([layers] if isinstance(layers, int) else layers)
+    else:
+        found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
+    return found is not None and found["idx"] is not None and int(found["idx"]) in layers
+
+
+def _layers(config: Mapping[str, Any]) -> list[int]:
+    """The layers that `layers_to_transform` names; empty for all of them."""
+    value: Any = config.get("layers_to_transform")
+    layers = _as_list([] if value is None else value)
+    if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
+        raise AdapterRefused(f"layers_to_transform is {value!r}: expected a layer's number or a list of them")
+    return layers
+
+
+def _layers_patterns(config: Mapping[str, Any]) -> list[str]:
+    value: Any = config.get("layers_pattern") or []
+    patterns = _as_list(value)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise AdapterRefused(f"layers_pattern is {value!r}: expected a name or a list of names")
+    return [_regex(pattern, "layers_pattern", r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\.") for pattern in patterns]
+
+
+def _as_list(value: Any) -> list[Any]:
+    return cast("list[Any]", value) if isinstance(value, list) else [value]
 
 
 def _listed(names: Any, name: str, field: str) -> bool:
@@ -141,22 +163,27 @@ def _pattern(config: Mapping[str, Any], field: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AdapterRefused(f"{field} is {value!r}: expected an object of module name to number")
     pattern = cast("dict[str, Any]", value)
-    return {_regex(key, field): number for key, number in pattern.items()}
+    return {_regex(key, field, r"(.*\.)?(", r")$"): number for key, number in pattern.items()}
 
 
-def _regex(pattern: str, field: str) -> str:
-    """The pattern itself, checked. Nested repetition is refused: it can take exponential time to match."""
-    if len(pattern) > MAX_REGEX_CHARS or re.search(r"[*+}]\)?[*+{]", pattern):
-        raise AdapterRefused(f"{field} holds the expression {pattern!r}: too long or with nested repetition")
+def _regex(pattern: str, field: str, before: str = "", after: str = "") -> str:
+    """`before` + pattern + `after`, the pattern checked. Refused: repeated groups, many repetitions (too slow)."""
+    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]|\(\?", "_", pattern)  # without escapes, classes and the `(?` of groups
+    repeats = len(re.findall(r"[*+?{]+", bare))
+    if len(pattern) > MAX_REGEX_CHARS or repeats > MAX_REGEX_REPEATS or re.search(r"\)[*+{]", bare):
+        raise AdapterRefused(
+            f"{field} holds the expression {pattern!r}: longer than {MAX_REGEX_CHARS} characters, "
+            f"with more than {MAX_REGEX_REPEATS} repetitions or with a repeated group"
+        )
     try:
-        re.compile(pattern)
-    except re.error as error:
+        re.compile(f"{before}{pattern}{after}")
+    except (re.error, OverflowError, RecursionError) as error:
         raise AdapterRefused(f"{field} holds {pattern!r}, not a regular expression: {error}") from None
-    return pattern
+    return f"{before}{pattern}{after}"
 
 
 def _matched(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((v for p, v in patterns.items() if re.match(rf"(.*\.)?({p})$", name)), default)
+    return next((v for p, v in patterns.items() if re.match(p, name)), default)
 
 
 def _integer(config: Mapping[str, Any], field: str, default: int) -> int:
@@ -167,6 +194,9 @@ def _integer(config: Mapping[str, Any], field: str, default: int) -> int:
 
 
 def _number(value: Any, field: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise AdapterRefused(f"{field} is {value!r}: expected a finite number")
-    return float(value)
+    try:
+        if not isinstance(value, bool) and isinstance(value, int | float) and math.isfinite(value):
+            return float(value)
+    except OverflowError:  # an integer that no float holds
+        pass
+    raise AdapterRefused(f"{field} is {value!r}: expected a finite number")
