@@ -34,6 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger(quiet).setLevel(logging.WARNING)
     for line in unknown_variables():
         logger.warning("%s", line)
+    if settings.api_key is None and settings.host != "127.0.0.1":
+        logger.warning("inference on %s is open to everyone: set --api-key to ask for a key", settings.host)
     try:
         model_dir = resolve_model(settings.model)
         server = ChorusServer(_served(settings, model_dir), model_dir)
@@ -48,13 +50,9 @@ def _served(settings: Settings, model_dir: Path) -> Served:
     longest = settings.max_model_len or config.n_positions
     if longest > config.n_positions:
         raise ValueError(f"--max-model-len {longest} exceeds the model's {config.n_positions} positions")
-    name = (
-        "demo"
-        if model_dir == DEMO_MODEL
-        else Path(settings.model).name
-        if Path(settings.model).is_dir()
-        else settings.model
-    )
+    name = settings.model
+    if Path(name).expanduser().is_dir():
+        name = "demo" if model_dir == DEMO_MODEL else model_dir.name
     tokenizer = Tokenizer(model_dir)
     store = AdapterStore(settings.adapters_dir, config.adapter_shape, frozenset({name, "base"}))
     store.all()

@@ -1,5 +1,6 @@
 """LoRA on a frozen GPT-2: PEFT's adapter, transformers' Trainer, our loss. Seeded, checkpointed, resumable."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -75,7 +76,7 @@ def train(
     """
     set_seed(config.seed)
     model = adapt(base.load(), config)
-    checkpoint = _prepare(config, base)
+    checkpoint = _prepare(config, base, train_set)
     steps = math.ceil(len(train_set) / config.batch_size) * config.epochs
     every = max(1, int(steps) // EVALUATIONS)
     arguments = TrainingArguments(
@@ -129,9 +130,10 @@ def save_adapter(model: PeftModel, base: Base, folder: Path) -> None:
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def _prepare(config: TrainConfig, base: Base) -> str | None:
+def _prepare(config: TrainConfig, base: Base, train_set: Sequence[Example]) -> str | None:
     """Set up `config.partial`; the checkpoint to go on from."""
-    recorded = config.recorded() | {"base_sha256": base.weights_sha256()}
+    texts = hashlib.sha256(json.dumps([example.token_ids for example in train_set]).encode()).hexdigest()
+    recorded = config.recorded() | {"base_sha256": base.weights_sha256(), "texts_sha256": texts}
     recorded = json.loads(json.dumps(recorded))  # as it reads back
     file = config.partial / RUN_FILE
     if config.resume:
