@@ -30,12 +30,16 @@ def load_adapter(ref: AdapterRef, shape: BaseShape, device: torch.device, dtype:
             for module in manifest.modules:
                 a: torch.Tensor = file.get_tensor(module.a_name).float()
                 b: torch.Tensor = file.get_tensor(module.b_name).float()
-                for name, tensor in ((module.a_name, a), (module.b_name, b)):
-                    if not torch.isfinite(tensor).all():
-                        raise AdapterRefused(f"tensor {name!r} holds values that are not finite")
                 b = (b * module.scaling).T.contiguous()  # [rank, out]
+                cast = {module.a_name: a.to(dtype), module.b_name: b.to(dtype)}
+                for name, tensor in cast.items():
+                    if not torch.isfinite(tensor).all():
+                        raise AdapterRefused(
+                            f"tensor {name!r} holds values that are not finite, or too large for {dtype} "
+                            f"(scaling {module.scaling:g})"
+                        )
                 changes = changes or bool((a.any() & b.any()).item() and (b.T @ a).any())
-                adapter.pairs[module.key] = LoraPair(a.to(device, dtype, copy=True), b.to(device, dtype, copy=True))
+                adapter.pairs[module.key] = LoraPair(*(t.to(device, copy=True) for t in cast.values()))
     except (SafetensorError, OSError) as error:
         raise AdapterUnavailable(f"{WEIGHTS_FILE} of {ref.name!r} can't be read: {error}") from error
     if not changes:
