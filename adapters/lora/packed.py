@@ -54,7 +54,7 @@ class LoraBatch:
         """row_adapter [N] int64: index into the pack, or BASE."""
         self._pack = pack
         self._row_adapter = row_adapter
-        self._masks: dict[tuple[int, ...], torch.Tensor] = {}  # by ranks: most modules share one
+        self._foreign: dict[tuple[int, ...], torch.Tensor] = {}  # by ranks: most modules share one
 
     def add(self, y: torch.Tensor, x: torch.Tensor, key: ModuleKey) -> None:
         """y [N, out] += each row's adapter applied to x [N, in], for module `key`; in place."""
@@ -62,16 +62,18 @@ class LoraBatch:
         if stack is None:
             return
         xa = x @ stack.a_t  # [N, R]
-        xa *= self._mask(stack.ranks, x)
+        # Filled, not multiplied: a foreign adapter's product may be infinite, and 0 * inf is NaN.
+        xa.masked_fill_(self._foreign_columns(stack.ranks, x.device), 0)
         y.addmm_(xa, stack.b)
 
-    def _mask(self, ranks: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        if (mask := self._masks.get(ranks)) is None:
-            counts = torch.tensor(ranks, device=like.device)
-            owner = torch.repeat_interleave(torch.arange(len(ranks), device=like.device), counts)  # [R]
-            mask = (self._row_adapter[:, None] == owner[None, :]).to(like.dtype)  # [N, R]
-            self._masks[ranks] = mask
-        return mask
+    def _foreign_columns(self, ranks: tuple[int, ...], device: torch.device) -> torch.Tensor:
+        """[N, R] bool: the columns of other adapters than the row's own, where M is 0."""
+        if (foreign := self._foreign.get(ranks)) is None:
+            counts = torch.tensor(ranks, device=device)
+            owner = torch.repeat_interleave(torch.arange(len(ranks), device=device), counts)  # [R]
+            foreign = self._row_adapter[:, None] != owner[None, :]  # [N, R]
+            self._foreign[ranks] = foreign
+        return foreign
 
 
 class PackCache:

@@ -42,6 +42,17 @@ class KVCache:
         # Zeros, not empty: what a masked position holds must be finite.
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self._filled = [0] * num_rows  # positions of each row that hold keys and values
+
+    def fill(self, row: int, start: int, length: int) -> None:
+        """Tell that positions start..start + length of a row are about to be written.
+
+        A new sequence (start 0) finds zeros: an adapter that diverged may have left infinite keys there.
+        """
+        if start == 0 and (filled := self._filled[row]):
+            self.k[:, row, :, :filled] = 0
+            self.v[:, row, :, :filled] = 0
+        self._filled[row] = start + length
 
     @property
     def nbytes(self) -> int:

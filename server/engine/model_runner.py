@@ -35,7 +35,11 @@ class ModelRunner:
         """Compute the batch's tokens and choose the next one of each sequence that is ready for it."""
         adapters = [self._adapter(item) for item in batch.items for _ in range(item.num_new_tokens)]
         lora = self._packs.batch(adapters, self._device)
-        logits = self._model.forward(forward_batch(batch, self._device), self._kv.k, self._kv.v, lora)
+        inputs = forward_batch(batch, self._device)
+        for item in batch.items:
+            if item.sequence.row is not None:
+                self._kv.fill(item.sequence.row, item.sequence.num_computed, item.num_new_tokens)
+        logits = self._model.forward(inputs, self._kv.k, self._kv.v, lora)
         if not (sampled := batch.sampled):
             return Sampled([], [])
         rows: list[SamplingRow] = []

@@ -1,0 +1,188 @@
+"""Names to content: listing, near misses, folders dropped in later, and names that reach outside the folder."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+
+from adapters.errors import AdapterNotFound, AdapterRefused
+from adapters.store import AdapterStore
+from adapters.validation import WEIGHTS_FILE
+from tests.adapters.support import SHAPE, ref_of, tensors, write_adapter
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "adapters"
+    for i, name in enumerate(["poe", "wilde", "twain"]):
+        write_adapter(folder / name, tensors(seed=i))
+    return folder
+
+
+def names(store: AdapterStore) -> list[str]:
+    return [manifest.ref.name for manifest in store.all()]
+
+
+def test_every_folder_is_listed_under_its_name(root: Path) -> None:
+    store = AdapterStore(root, SHAPE)
+    assert names(store) == ["poe", "twain", "wilde"]
+    assert {m.ref.digest for m in store.all()} == {ref_of(root / name).digest for name in ("poe", "twain", "wilde")}
+    assert store.get("poe").ref == ref_of(root / "poe")
+
+
+def test_what_is_no_adapter_is_not_listed(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (root / "empty").mkdir()
+    (root / "notes.txt").write_text("hello")
+    write_adapter(root / ".hidden")
+    assert names(AdapterStore(root, SHAPE)) == ["poe", "twain", "wilde"]
+    assert not caplog.records, "these are not worth a warning"
+
+
+def test_a_folder_that_cannot_be_served_is_told_once_and_the_others_are(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_adapter(root / "dora", use_dora=True)
+    write_adapter(root / "a name, with a comma")
+    store = AdapterStore(root, SHAPE, reserved=frozenset({"twain"}))
+    with caplog.at_level(logging.WARNING, "adapters.store"):
+        assert names(store) == ["poe", "wilde"]
+        assert names(store) == ["poe", "wilde"]
+    lines = sorted(record.getMessage() for record in caplog.records)
+    assert len(lines) == 3, lines
+    assert "a name, with a comma: not a usable adapter name" in lines[0]
+    assert "dora: use_dora is true" in lines[1]
+    assert "twain: not a usable adapter name" in lines[2]
+    with pytest.raises(AdapterRefused, match="use_dora is true"):
+        store.get("dora")
+
+
+@pytest.mark.parametrize(
+    ("asked", "nearest"), [("pow", "poe"), ("Wild", "wilde"), ("TWAIN", "twain"), ("twains", "twain"), ("pOE", "poe")]
+)
+def test_an_unknown_name_is_answered_with_the_nearest_first(root: Path, asked: str, nearest: str) -> None:
+    with pytest.raises(AdapterNotFound, match=f"{asked!r} does not exist; the nearest are '{nearest}'") as caught:
+        AdapterStore(root, SHAPE).get(asked)
+    assert caught.value.nearest[0] == nearest
+    assert caught.value.name == asked
+
+
+def test_a_name_like_none_is_answered_with_some_that_exist(root: Path) -> None:
+    with pytest.raises(AdapterNotFound) as caught:
+        AdapterStore(root, SHAPE).get("zzzzzzzz")
+    assert caught.value.nearest == ("poe", "twain", "wilde")
+
+
+def test_an_empty_folder_has_no_near_names(tmp_path: Path) -> None:
+    with pytest.raises(AdapterNotFound, match=r"'poe' does not exist\. GET /v1/models lists"):
+        AdapterStore(tmp_path, SHAPE).get("poe")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside",
+        "..",
+        ".",
+        "",
+        "./poe",
+        "poe/",
+        "wilde/../poe",
+        "/etc",
+        "poe\0",
+        "poe\n",
+        "-poe",
+        ".hidden",
+        "x" * 65,
+    ],
+)
+def test_a_name_never_reaches_outside_the_folder(root: Path, name: str) -> None:
+    write_adapter(root.parent / "outside")
+    write_adapter(root / ".hidden")
+    with pytest.raises(AdapterNotFound):
+        AdapterStore(root, SHAPE).get(name)
+
+
+def test_an_absolute_path_is_no_name(root: Path) -> None:
+    with pytest.raises(AdapterNotFound):
+        AdapterStore(root, SHAPE).get(str(root / "poe"))
+
+
+def test_the_bases_names_are_never_adapters(root: Path) -> None:
+    write_adapter(root / "base")
+    store = AdapterStore(root, SHAPE, reserved=frozenset({"base"}))
+    with pytest.raises(AdapterNotFound):
+        store.get("base")
+    assert "base" not in names(store)
+
+
+def test_a_link_to_a_folder_is_served_under_the_links_name(root: Path) -> None:
+    write_adapter(root.parent / "elsewhere", tensors(seed=9))
+    (root / "linked").symlink_to(root.parent / "elsewhere")
+    (root / "dangling").symlink_to(root.parent / "nowhere")
+    store = AdapterStore(root, SHAPE)
+    assert names(store) == ["linked", "poe", "twain", "wilde"]
+    assert store.get("linked").ref.digest == ref_of(root.parent / "elsewhere").digest
+
+
+def test_a_folder_dropped_in_later_is_found_by_name_and_by_a_listing(root: Path) -> None:
+    store = AdapterStore(root, SHAPE)
+    assert len(store.all()) == 3
+    with pytest.raises(AdapterNotFound):
+        store.get("new")
+    write_adapter(root / "new", tensors(seed=7))
+    assert store.get("new").ref == ref_of(root / "new")
+    write_adapter(root / "newer", tensors(seed=8))
+    assert "newer" in names(store)
+
+
+def test_a_folder_half_copied_is_served_once_it_is_whole(root: Path) -> None:
+    store = AdapterStore(root, SHAPE)
+    write_adapter(root / "new")
+    weights = (root / "new" / WEIGHTS_FILE).read_bytes()
+    (root / "new" / WEIGHTS_FILE).write_bytes(weights[:-100])
+    for _ in range(2):
+        with pytest.raises(AdapterRefused, match="not a valid safetensors file"):
+            store.get("new")
+    (root / "new" / WEIGHTS_FILE).write_bytes(weights)
+    assert store.get("new").ref.digest == ref_of(root / "new").digest
+
+
+def test_a_refusal_is_remembered_while_the_files_stay(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_adapter(root / "dora", use_dora=True)
+    store = AdapterStore(root, SHAPE)
+    with pytest.raises(AdapterRefused) as first:
+        store.get("dora")
+    monkeypatch.setattr("adapters.store.inspect_adapter", lambda *_: pytest.fail("read again"))
+    with pytest.raises(AdapterRefused) as second:
+        store.get("dora")
+    assert str(second.value) == str(first.value)
+    assert second.value is not first.value, "one exception raised in two requests would gather tracebacks"
+
+
+def test_a_name_keeps_the_content_it_was_first_seen_with(root: Path) -> None:
+    store = AdapterStore(root, SHAPE)
+    first = store.get("poe")
+    write_adapter(root / "poe", tensors(seed=99))
+    assert store.get("poe") == first
+    assert next(m for m in store.all() if m.ref.name == "poe") == first
+    assert AdapterStore(root, SHAPE).get("poe").ref.digest != first.ref.digest, "a restart serves the new one"
+
+
+def test_equal_content_under_two_names_is_one_content(root: Path) -> None:
+    shutil.copytree(root / "poe", root / "edgar")
+    store = AdapterStore(root, SHAPE)
+    assert store.get("edgar").ref.digest == store.get("poe").ref.digest
+    assert names(store) == ["edgar", "poe", "twain", "wilde"]
+
+
+def test_the_folder_must_exist_at_the_start_and_may_vanish_later(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(NotADirectoryError, match="nowhere"):
+        AdapterStore(root / "nowhere", SHAPE)
+    with pytest.raises(NotADirectoryError):
+        AdapterStore(root / "poe" / WEIGHTS_FILE, SHAPE)
+    store = AdapterStore(root, SHAPE)
+    assert len(store.all()) == 3
+    shutil.rmtree(root)
+    assert len(store.all()) == 3, "what was found is still known"
+    assert "can't be read" in caplog.text
