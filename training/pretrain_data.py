@@ -5,12 +5,14 @@ and so does the end of the file. Every document ends with the EOS token.
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from training.errors import ConfigError, DataError
 
 DOCUMENT_END = "<|endoftext|>"
 HELD_OUT_SHARE = 0.01
@@ -47,10 +49,6 @@ DEFAULT_WEIGHTS: dict[str, float] = {
 }
 
 
-class ProseError(ValueError):
-    """The prose folder or its weights can't be used; the message says which file and why."""
-
-
 @dataclass(frozen=True)
 class Source:
     """One text file as tokens."""
@@ -65,53 +63,62 @@ class Source:
 def find_sources(folder: Path, overrides: Mapping[str, float]) -> dict[str, float]:
     """Name -> weight of every `NAME.txt` in `folder` that is to be used.
 
-    Raises ProseError where there is no text file, a file has no weight, or an override names no file.
+    Raises DataError where there is no text file, ConfigError where a file has no weight or an override names no file.
     """
     if not folder.is_dir():
-        raise ProseError(f"{folder} is no folder")
+        raise DataError(f"--prose {folder}: there is no such folder")
     names = sorted(path.stem for path in folder.glob("*.txt"))
     if not names:
-        raise ProseError(f"{folder} has no .txt file")
-    for name, weight in overrides.items():
+        raise DataError(f"--prose {folder}: no .txt file in it")
+    for name in overrides:
         if name not in names:
-            raise ProseError(
-                f"--weight {name}: there is no {name}.txt in {folder}; it has {', '.join(names)}"
-            )
-        if not 0 <= weight < float("inf"):
-            raise ProseError(f"--weight {name}: {weight} is not a weight; 0 leaves the source out")
+            raise ConfigError(f"--weight {name}: there is no {name}.txt in {folder}; it has {', '.join(names)}")
     weights = {**DEFAULT_WEIGHTS, **overrides}
-    unknown = [name for name in names if name not in weights]
-    if unknown:
-        raise ProseError(
-            f"unknown source {unknown[0]}.txt: give it a weight, e.g. --weight {unknown[0]}=1, or 0 to leave it out"
-        )
+    for name in names:
+        if name not in weights:
+            raise ConfigError(f"{folder / name}.txt has no weight: add --weight {name}=1, or =0 to leave it out")
     used = {name: weights[name] for name in names if weights[name] > 0}
     if not used:
-        raise ProseError(f"every source in {folder} has weight 0")
+        raise ConfigError(f"--weight: every source in {folder} has weight 0")
     return used
 
 
-def read_documents(path: Path) -> list[str]:
-    """The documents of one file, stripped; empty ones are left out. Raises ProseError."""
+def load_sources(
+    folder: Path, weights: Mapping[str, float], encode: Callable[[list[str]], list[list[int]]], eos: int, window: int
+) -> list[Source]:
+    """Read, tokenise and split every source in `weights`.
+
+    `window` is the number of tokens in one training example. Raises DataError where a file isn't UTF-8 or is too short
+    for one.
+    """
+    sources: list[Source] = []
+    for name, weight in weights.items():
+        path = folder / f"{name}.txt"
+        content = path.read_bytes()
+        tokens = tokenize(documents(content, path), encode, eos)
+        train, held_out = split(tokens)
+        if len(train) < window:
+            raise DataError(
+                f"{path} has {len(tokens)} tokens: {max(len(held_out), HELD_OUT_LEAST)} are held out and {window} more "
+                "are needed to train on; leave it out with weight 0"
+            )
+        sources.append(Source(name, weight, hashlib.sha256(content).hexdigest(), train, held_out))
+    return sources
+
+
+def documents(content: bytes, path: Path) -> list[str]:
+    """The documents of one file, stripped, without empty ones. Raises DataError, which names `path`."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ProseError(f"{path} is not UTF-8: {error}") from error
-    documents = [piece.strip() for piece in text.split(DOCUMENT_END)]
-    documents = [piece for piece in documents if piece]
-    if not documents:
-        raise ProseError(f"{path} is empty")
-    return documents
+        raise DataError(f"{path} is not UTF-8: {error}") from error
+    pieces = (piece.strip() for piece in text.split(DOCUMENT_END))
+    return [piece for piece in pieces if piece]
 
 
-def tokenize(
-    documents: Iterable[str], encode: Callable[[list[str]], list[list[int]]], eos: int
-) -> NDArray[np.int32]:
-    """All documents after one another, each followed by `eos`. [tokens]"""
-    ids: list[int] = []
-    for document in encode(list(documents)):
-        ids.extend(document)
-        ids.append(eos)
+def tokenize(texts: list[str], encode: Callable[[list[str]], list[list[int]]], eos: int) -> NDArray[np.int32]:
+    """All texts after one another, each followed by `eos`. [tokens]"""
+    ids = [token for document in encode(texts) for token in (*document, eos)]
     return np.asarray(ids, dtype=np.int32)
 
 
@@ -119,31 +126,6 @@ def split(tokens: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int3
     """(training tokens, held-out tokens): the held-out slice is the end of the source, see HELD_OUT_DEFINITION."""
     held_out = max(int(len(tokens) * HELD_OUT_SHARE), HELD_OUT_LEAST)
     return tokens[:-held_out], tokens[-held_out:]
-
-
-def load_sources(
-    folder: Path,
-    weights: Mapping[str, float],
-    encode: Callable[[list[str]], list[list[int]]],
-    eos: int,
-    window: int,
-) -> list[Source]:
-    """Read, tokenise and split every source in `weights`.
-
-    `window` is the number of tokens in one training example. Raises ProseError where a source is too short for one.
-    """
-    sources: list[Source] = []
-    for name, weight in weights.items():
-        path = folder / f"{name}.txt"
-        tokens = tokenize(read_documents(path), encode, eos)
-        train, held_out = split(tokens)
-        if len(train) < window:
-            raise ProseError(
-                f"{path} has {len(tokens)} tokens; after {len(held_out)} held-out ones there must be {window} to train on"
-            )
-        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        sources.append(Source(name, weight, sha256, train, held_out))
-    return sources
 
 
 class Mixture:

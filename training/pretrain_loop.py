@@ -3,21 +3,19 @@
 Muon (Jordan 2024) orthogonalises the momentum of each weight matrix; embeddings, biases and norms stay with AdamW.
 """
 
-import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from training.errors import ConfigError, TrainingError
 from training.pretrain_data import Mixture
 from training.pretrain_loss import SampledSoftmax, full_loss
-
-
-class PretrainError(RuntimeError):
-    """The run can't go on; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +27,20 @@ class Shape:
     width: int = 256
     positions: int = 256
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ConfigError(f"--{name} is {value}: give at least 1")
+        if self.width % self.heads:
+            raise ConfigError(f"--heads {self.heads} doesn't divide --width {self.width}")
+
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. A budget in tokens gives the same weights again on a CPU; one in minutes can't."""
+    """How to train, within a budget: the first of `minutes` and `tokens` to be spent ends the run.
+
+    A budget in tokens alone gives the same weights again on a CPU; one in minutes can't.
+    """
 
     batch_size: int = 16  # windows in a step, each of the model's positions
     minutes: float | None = None  # budget of wall-clock time
@@ -48,6 +56,18 @@ class Recipe:
     compile: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.minutes is None and self.tokens is None:
+            raise ConfigError("a run needs a budget: give --minutes or --tokens")
+        for name in ("batch_size", "minutes", "tokens", "lr", "muon_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}: give a number above 0")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"--dropout is {self.dropout}: give a number from 0 up to, not including, 1")
+        if self.seed < 0:
+            raise ConfigError(f"--seed is {self.seed}: give at least 0")
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -62,9 +82,7 @@ class Progress:
 
 
 def new_model(shape: Shape, vocabulary: int, eos: int, dropout: float) -> GPT2LMHeadModel:
-    """A GPT-2 with random weights from torch's seed, fp32. Raises PretrainError for a width that heads don't divide."""
-    if shape.width % shape.heads:
-        raise PretrainError(f"--heads {shape.heads} doesn't divide --width {shape.width}")
+    """A GPT-2 with random weights from torch's seed, fp32."""
     config = GPT2Config(
         vocab_size=vocabulary,
         n_positions=shape.positions,
@@ -102,44 +120,33 @@ def learning_rate_scale(step: int, fraction: float, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / max(1, warmup_steps)) * (0.02 + 0.98 * (1.0 - fraction))
 
 
-@contextlib.contextmanager
-def _precision(recipe: Recipe, device: torch.device) -> Iterator[None]:
-    with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-        yield
-
-
 def train(
     model: GPT2LMHeadModel,
     mixture: Mixture,
     recipe: Recipe,
     after_step: Callable[[Progress], None] = lambda progress: None,
 ) -> Progress:
-    """Train in place until the budget is spent; the last state.
-
-    Raises PretrainError where there is no budget or the loss is no longer finite, ValueError for a sampled softmax
-    that doesn't fit the vocabulary.
-    """
-    if recipe.minutes is None and recipe.tokens is None:
-        raise PretrainError("give a budget: minutes or tokens")
-    device = model.device
-    body = torch.compile(model.transformer) if recipe.compile else model.transformer
-    embedding = model.transformer.wte.weight
-    frequencies = mixture.frequencies(model.config.vocab_size)
-    sampled_loss = SampledSoftmax(frequencies, recipe.frequent, recipe.sampled, recipe.seed + 1, device)
+    """Train in place until the budget is spent; the last state. Raises TrainingError where the loss isn't finite."""
+    device, vocabulary = model.device, model.config.vocab_size
+    body: Any = torch.compile(model.transformer) if recipe.compile else model.transformer
+    embedding = model.transformer.wte.weight  # [V, D]
+    sampled_loss = full_loss
+    if recipe.frequent + recipe.sampled < vocabulary:
+        frequencies = mixture.frequencies(vocabulary)
+        sampled_loss = SampledSoftmax(frequencies, recipe.frequent, recipe.sampled, recipe.seed + 1, device)
     both = optimizers(model, recipe)
     peaks = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in both]
     model.train()
     start = time.monotonic()
-    step, tokens, smoothed = 0, 0, None
-    progress = Progress(0, 0, 0.0, 0.0, float("nan"), full=False)
+    progress = Progress(step=0, tokens=0, seconds=0.0, fraction=0.0, loss=math.nan, full=False)
     while progress.fraction < 1:
         full = progress.fraction >= 1 - recipe.full_share
-        scale = learning_rate_scale(step, progress.fraction, recipe.warmup_steps)
+        scale = learning_rate_scale(progress.step, progress.fraction, recipe.warmup_steps)
         for optimizer, peak in zip(both, peaks, strict=True):
             for group, lr in zip(optimizer.param_groups, peak, strict=True):
                 group["lr"] = lr * scale
         ids = torch.from_numpy(mixture.draw(recipe.batch_size)).to(device)  # [B, T + 1]
-        with _precision(recipe, device):
+        with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             hidden = body(ids[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)  # [B T, D]
             loss = (full_loss if full else sampled_loss)(hidden, embedding, ids[:, 1:].flatten())
         loss.backward()
@@ -147,17 +154,16 @@ def train(
         for optimizer in both:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        step += 1
-        tokens += ids[:, 1:].numel()
-        value = loss.item()
-        if value != value or value == float("inf"):
-            raise PretrainError(f"the loss is {value} after step {step}: lower --lr and --muon-lr")
-        smoothed = value if smoothed is None else 0.97 * smoothed + 0.03 * value
-        seconds = time.monotonic() - start
-        fraction = max(
-            tokens / recipe.tokens if recipe.tokens is not None else 0.0,
-            seconds / (60 * recipe.minutes) if recipe.minutes is not None else 0.0,
-        )
-        progress = Progress(step, tokens, seconds, min(1.0, fraction), smoothed, full)
+        progress = _advance(progress, recipe, ids[:, 1:].numel(), time.monotonic() - start, loss.item(), full)
         after_step(progress)
     return progress
+
+
+def _advance(before: Progress, recipe: Recipe, tokens: int, seconds: float, loss: float, full: bool) -> Progress:
+    step, tokens = before.step + 1, before.tokens + tokens
+    if not math.isfinite(loss):
+        raise TrainingError(f"the loss is {loss} in step {step}: lower --lr and --muon-lr")
+    by_tokens = tokens / recipe.tokens if recipe.tokens is not None else 0.0
+    by_time = seconds / (60 * recipe.minutes) if recipe.minutes is not None else 0.0
+    smoothed = loss if before.step == 0 else 0.97 * before.loss + 0.03 * loss
+    return Progress(step, tokens, seconds, min(1.0, max(by_tokens, by_time)), smoothed, full)

@@ -23,7 +23,7 @@ def full_loss(hidden: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
 
     hidden [N, D], embedding [V, D], targets [N] -> []
     """
-    logits = hidden @ embedding.to(hidden.dtype).t()  # [N, V]
+    logits = hidden @ embedding.t()  # [N, V]
     return functional.cross_entropy(logits.float(), targets)
 
 
@@ -38,40 +38,27 @@ class SampledSoftmax:
         self, frequencies: NDArray[np.float64], frequent: int, sampled: int, seed: int, device: torch.device
     ) -> None:
         vocabulary = len(frequencies)
-        if not (0 < frequent < vocabulary and 0 < sampled <= vocabulary - frequent):
-            raise ValueError(
-                f"{frequent} frequent and {sampled} sampled tokens don't fit a vocabulary of {vocabulary}: "
-                "both must be above 0, together at most the vocabulary"
-            )
+        if frequent < 1 or sampled < 1 or frequent + sampled > vocabulary:
+            raise ValueError(f"{frequent} frequent and {sampled} sampled tokens don't fit a vocabulary of {vocabulary}")
         order = np.argsort(-frequencies, kind="stable")
-        self.rare: NDArray[np.int64] = order[frequent:]
-        self.sampled = sampled
-        self.frequent = torch.from_numpy(order[:frequent].copy()).to(device)  # [K]
-        self.covered = float(frequencies[order[:frequent]].sum())  # share of the text that is frequent tokens
-        self._correction = float(np.log(len(self.rare) / sampled))
+        self._rare: NDArray[np.int64] = order[frequent:]  # [R]
+        self._frequent = torch.from_numpy(order[:frequent].copy()).to(device)  # [K]
+        self._sampled = sampled
+        self._correction = float(np.log(len(self._rare) / sampled))
         self._random = np.random.default_rng(seed)
-        self._device = device
         # Column of each frequent token; -1 for rare ones. [V]
         self._column = torch.full((vocabulary,), -1, dtype=torch.long, device=device)
-        self._column[self.frequent] = torch.arange(frequent, device=device)
+        self._column[self._frequent] = torch.arange(frequent, device=device)
 
     def __call__(self, hidden: Tensor, embedding: Tensor, targets: Tensor) -> Tensor:
         """hidden [N, D], embedding [V, D], targets [N] -> []"""
-        drawn = torch.from_numpy(self._random.choice(self.rare, self.sampled, replace=False)).to(
-            self._device
-        )  # [S]
-        weights = embedding.to(hidden.dtype)
-        frequent_logits = (hidden @ weights[self.frequent].t()).float()  # [N, K]
-        sampled_logits = (hidden @ weights[drawn].t()).float() + self._correction  # [N, S]
+        drawn = torch.from_numpy(self._random.choice(self._rare, self._sampled, replace=False))  # [S]
+        drawn = drawn.to(targets.device)
+        logits = (hidden @ embedding[torch.cat([self._frequent, drawn])].t()).float()  # [N, K + S]
+        frequent, sampled = logits.split([len(self._frequent), len(drawn)], dim=1)
+        # A rare target counts once, as `own`: if it was drawn too, that column is struck out.
+        sampled = (sampled + self._correction).masked_fill(targets[:, None] == drawn, -torch.inf)  # [N, S]
         column = self._column[targets]  # [N]
-        rows = (column < 0).nonzero().squeeze(1)  # [n], where the target is rare
-        own = hidden.new_full((len(hidden),), -torch.inf, dtype=torch.float32)
-        own[rows] = (hidden[rows] * weights[targets[rows]]).sum(-1).float()
-        # The target itself counts once, as `own`: if it was drawn too, that column is struck out.
-        struck = targets[rows, None] == drawn[None, :]  # [n, S]
-        sampled_logits = sampled_logits.index_put(
-            (rows,), sampled_logits[rows].masked_fill(struck, -torch.inf), accumulate=False
-        )
-        logits = torch.cat([frequent_logits, sampled_logits, own[:, None]], dim=1)  # [N, K + S + 1]
-        labels = torch.where(column < 0, logits.shape[1] - 1, column)
-        return functional.cross_entropy(logits, labels)
+        own = (hidden.float() * embedding[targets]).sum(-1).masked_fill(column >= 0, -torch.inf)  # [N]
+        labels = torch.where(column >= 0, column, logits.shape[1])
+        return functional.cross_entropy(torch.cat([frequent, sampled, own[:, None]], dim=1), labels)
