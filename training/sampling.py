@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-TOP_CANDIDATES = 2048  # enough to hold top-p's mass nearly always; the whole vocabulary is used where it isn't
-
 
 @dataclass(frozen=True)
 class SamplingSettings:
@@ -83,20 +81,23 @@ def _sample_batch(
 
 
 def _choose(logits: torch.Tensor, settings: SamplingSettings, generator: torch.Generator) -> torch.Tensor:
-    """Next tokens: logits [B, V] fp32 on the CPU -> [B]. Temperature first, then top-p, as `generate` does."""
-    logits = logits / settings.temperature
-    total = logits.logsumexp(1, keepdim=True)
-    count = min(TOP_CANDIDATES, logits.shape[1])
-    while True:
-        values, candidates = logits.topk(count, dim=1)  # [B, K], descending
-        probabilities = (values - total).exp()
-        cumulative = probabilities.cumsum(1)
-        if count == logits.shape[1] or bool((cumulative[:, -1] >= settings.top_p).all()):
-            break
-        count = logits.shape[1]
-    kept = probabilities.masked_fill(cumulative - probabilities >= settings.top_p, 0.0)
-    picked = torch.multinomial(kept, 1, generator=generator)  # [B, 1]
-    return candidates.gather(1, picked)[:, 0]
+    """Next tokens: logits [B, V] fp32 on the CPU -> [B]. Temperature first, then top-p, as `generate` does.
+
+    Draws from the whole distribution and draws again where top-p leaves the token out, which is the same as drawing
+    from what top-p keeps and needs no sort. A token is kept where the more probable ones hold less than top_p.
+    """
+    probabilities = (logits / settings.temperature).softmax(1)  # [B, V]
+    cumulative = probabilities.double().cumsum(1)
+    chosen = torch.zeros(len(logits), dtype=torch.long)
+    rows = torch.arange(len(logits))  # still to draw for
+    while len(rows):
+        points = torch.rand(len(rows), 1, dtype=torch.float64, generator=generator) * cumulative[rows, -1:]
+        drawn = torch.searchsorted(cumulative[rows], points).clamp(max=logits.shape[1] - 1)  # [n, 1]
+        own = probabilities[rows].gather(1, drawn)
+        before = torch.where(probabilities[rows] > own, probabilities[rows], 0.0).sum(1)
+        chosen[rows] = drawn[:, 0]
+        rows = rows[before >= settings.top_p]
+    return chosen
 
 
 @torch.no_grad()
