@@ -15,6 +15,7 @@ from server.model.gpt2 import GPT2, LayerWeights
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+_STORED = ("F32", "F16", "BF16")
 # Causal masks that old checkpoints carry as tensors; they hold no learned value.
 _BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
@@ -109,7 +110,12 @@ class _Reader:
         path, full_name = self._where[name]
         # Opened anew for each tensor: closing unmaps the file, so that its pages don't add up to a second copy.
         with open_tensors(path, "pt") as file:
-            found = tuple(file.get_slice(full_name).get_shape())
+            header = file.get_slice(full_name)
+            found, stored = tuple(header.get_shape()), header.get_dtype()
+            if stored not in _STORED:
+                raise ModelError(
+                    f"{self._folder}: tensor {full_name!r} is {stored}; expected one of {', '.join(_STORED)}"
+                )
             if found != shape:
                 raise ModelError(
                     f"{self._folder}: tensor {full_name!r} has shape {found}, config.json makes it {shape}"
@@ -125,9 +131,10 @@ class _Reader:
         if index.is_file():
             try:
                 weight_map: dict[str, Any] = json.loads(index.read_text())["weight_map"]
-            except (ValueError, KeyError) as error:
+                names = sorted({str(value) for value in weight_map.values()})
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ModelError(f"{index} is not a valid shard index: {error!r}") from None
-            shards = [self._folder / name for name in sorted({str(v) for v in weight_map.values()})]
+            shards = [self._folder / name for name in names]
             if missing := [path.name for path in shards if not path.is_file()]:
                 raise ModelError(f"{self._folder}: shards named in {INDEX_FILE} are missing: {', '.join(missing)}")
             return shards
