@@ -10,7 +10,7 @@ export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export MALLOC_TOP_PAD_ = 268435456
 
-.PHONY: install run test test-slow check format bench loadtest docs lock clean
+.PHONY: install run test test-slow check format bench loadtest docs lock lock-gpu clean
 
 install: .venv/installed
 
@@ -56,6 +56,15 @@ lock:
 	.venv-lock/bin/pip install --disable-pip-version-check -q $(PIP_ARGS) -e '.[dev]'
 	{ echo "# CPU lock: exact versions for Python 3.11, installed by the Makefile. Made by 'make lock'."; \
 	  .venv-lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > requirements/cpu.lock
+	rm -rf .venv-lock
+
+# Resolve the container's lock anew: CUDA torch for Linux x86_64, and the CPU lock's versions wherever both have a package.
+lock-gpu:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip install --disable-pip-version-check -q uv
+	{ echo "# GPU lock: exact versions for Python 3.11 on Linux x86_64, CUDA 13, installed by the Dockerfile. Made by 'make lock-gpu'."; \
+	  .venv-lock/bin/uv pip compile pyproject.toml --extra gpu --constraint requirements/cpu.lock --python-version 3.11 \
+	    --python-platform x86_64-manylinux_2_28 --no-config --no-header --no-annotate -q; } > requirements/gpu.lock
 	rm -rf .venv-lock
 
 clean:
