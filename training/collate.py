@@ -1,14 +1,46 @@
-"""Batches of token ids. Pads each batch to its own longest example and masks the padding by length.
+"""Batches of token ids. Examples of like length go together; each batch is padded to its own longest.
 
-Never by id: GPT-2 has no padding token and its usual stand-in is EOS, so a mask by id would hide every EOS from
+Padding is masked by length, never by id: GPT-2 has no padding token and its usual stand-in is EOS, so a mask by id would hide every EOS from
 the loss and the adapter would never learn to stop.
 """
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 
 import torch
+from torch.utils.data import Sampler
 
 IGNORED = -100  # the label that the loss leaves out
+POOL_BATCHES = 50  # examples are sorted by length within random pools of so many batches
+
+
+class LengthGrouped(Sampler[int]):
+    """A new order of the examples for each epoch, in which neighbours have like lengths.
+
+    It depends on seed and epoch alone, so that a resumed run goes on with the order it had.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self._lengths, self._batch_size, self._seed = lengths, batch_size, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Which epoch the next iteration is; the Trainer says."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        shuffle = random.Random(f"{self._seed}/{self._epoch}").shuffle
+        order, size = list(range(len(self))), self._batch_size
+        shuffle(order)
+        pools = [order[i : i + POOL_BATCHES * size] for i in range(0, len(order), POOL_BATCHES * size)]
+        order = [i for pool in pools for i in sorted(pool, key=self._lengths.__getitem__)]
+        batches = [order[i : i + size] for i in range(0, len(order), size)]
+        last = [batches.pop()] if len(order) % size else []  # the one that isn't full stays last
+        shuffle(batches)
+        yield from (i for batch in batches + last for i in batch)
 
 
 def collate(examples: Sequence[dict[str, list[int]]], pad_id: int = 0) -> dict[str, torch.Tensor]:

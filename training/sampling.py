@@ -53,7 +53,7 @@ def _sample_batch(
     tokens: list[list[int]] = [[] for _ in prompts]
     stopped = [False] * len(prompts)
     cache = None
-    for _ in range(settings.max_tokens):
+    for _ in range(min(settings.max_tokens, model.config.n_positions - longest)):
         output = model(
             input_ids=ids, attention_mask=mask, position_ids=position, past_key_values=cache, use_cache=True,
             logits_to_keep=1,
@@ -105,7 +105,7 @@ def greedy(model: Any, prompt: Sequence[int], eos: int, max_tokens: int) -> tupl
     """Greedy continuation (with EOS, if it is reached) and each token's logprob under the raw fp32 logits."""
     device = next(model.parameters()).device
     ids, logprobs = list(prompt), []
-    while len(logprobs) < max_tokens:
+    for _ in range(min(max_tokens, model.config.n_positions - len(prompt))):
         logits = model(input_ids=torch.tensor([ids], device=device)).logits[0, -1].float()  # [V]
         token = int(logits.argmax())
         ids.append(token)

@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from training.base import Base
-from training.collate import IGNORED, collate
+from training.collate import IGNORED, LengthGrouped, collate
 from training.config import TrainConfig
 from training.data import Example
 from training.errors import ConfigError, TrainingError
@@ -37,7 +37,12 @@ class History:
 
 
 class LoraTrainer(Trainer):
-    """Trainer with the loss of a frozen output head."""
+    """Trainer with the loss of a frozen output head, and batches of like lengths."""
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
+        rows: Any = self.train_dataset if train_dataset is None else train_dataset
+        lengths = [len(row["input_ids"]) for row in rows]
+        return LengthGrouped(lengths, self.args.per_device_train_batch_size, self.args.seed)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -88,7 +93,6 @@ def train(
         lr_scheduler_type="cosine",
         warmup_steps=min(50, max(1, int(steps) // 10)),
         weight_decay=0.0,
-        train_sampling_strategy="group_by_length",
         eval_strategy="steps",
         eval_steps=every,
         eval_on_start=checkpoint is None,

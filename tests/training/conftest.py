@@ -12,7 +12,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from training.base import Base, open_base
 from training.config import DEMO_BASE
 
-WORDS = "the sea a man wife love hope time never always finds keeps loses wants and or but of in with".split()  # noqa: SIM905
+WORDS = "the sea a man wife love hope time never always finds keeps loses wants and or but of in with".split()
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ from torch.nn import functional
 from transformers import GPT2LMHeadModel
 
 from training.base import Base
-from training.collate import IGNORED, collate
+from training.collate import IGNORED, LengthGrouped, collate
 from training.evaluate import OVERLAP_WORDS, Rate, figures
 from training.loss import TOKENS_PER_CHUNK, frozen_head_loss
 from training.sampling import Sample, SamplingSettings, _choose, greedy, sample
@@ -38,6 +38,19 @@ def test_padding_is_masked_by_length_and_eos_is_learned() -> None:
     assert batch["input_ids"].shape == (3, 3)  # the longest of the batch, not the model's maximum
     assert batch["labels"].tolist() == [[5, 6, eos], [7, eos, IGNORED], [eos, IGNORED, IGNORED]]
     assert batch["attention_mask"].sum(1).tolist() == [3, 2, 1]
+
+
+def test_every_epoch_has_its_own_order_of_all_examples_in_batches_of_like_length() -> None:
+    lengths = [(7 * i) % 50 for i in range(205)]
+    sampler = LengthGrouped(lengths, 10, seed=4)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(205))
+    assert orders[0] == orders[2] != orders[1]
+    spread = [max(ls) - min(ls) for i in range(0, 200, 10) for ls in [[lengths[j] for j in orders[0][i : i + 10]]]]
+    assert max(spread) <= 4
 
 
 def test_greedy_is_generate(model: GPT2LMHeadModel, base: Base) -> None:
