@@ -1,7 +1,7 @@
 """Batches of token ids. Examples of like length go together; each batch is padded to its own longest.
 
-Padding is masked by length, never by id: GPT-2 has no padding token and its usual stand-in is EOS, so a mask by id would hide every EOS from
-the loss and the adapter would never learn to stop.
+Padding is masked by length, never by id: GPT-2 has no padding token and its usual stand-in is EOS, so a mask by id
+would hide every EOS from the loss and the adapter would never learn to stop.
 """
 
 import random

@@ -5,6 +5,7 @@ top-k and top-p work on the top candidates, and top-p takes more of them until t
 own random stream, one uniform number per token from its seed and the token's index.
 """
 
+import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 
@@ -13,6 +14,7 @@ import torch
 from server.engine.types import SamplingParams
 
 _FIRST_CANDIDATES = 64
+_COLDEST = 1e-30  # greedy already; less would overflow
 _MASK = (1 << 64) - 1
 
 
@@ -82,26 +84,34 @@ def candidates(scores: torch.Tensor, params: Seq[SamplingParams]) -> tuple[torch
     scores [S, V], temperature applied. Returns ids [S, C] and probabilities [S, C]: 0 where a token is left out.
     """
     vocab = scores.shape[-1]
-    top_k = torch.tensor([p.top_k if 0 < p.top_k < vocab else vocab for p in params], device=scores.device)
-    top_p = torch.tensor([p.top_p for p in params], device=scores.device, dtype=scores.dtype)
+    ks = [p.top_k if 0 < p.top_k < vocab else vocab for p in params]
+    top_k = torch.tensor(ks, device=scores.device)[:, None]
+    top_p = torch.tensor([p.top_p if p.top_p < 1 else math.inf for p in params], device=scores.device)[:, None]
     log_total = scores.logsumexp(-1, keepdim=True)
-    width = min(vocab, max([_FIRST_CANDIDATES, *(p.top_k for p in params if p.top_k < vocab)]))
+    width = min(vocab, max([_FIRST_CANDIDATES, *(k + 1 for k in ks if k < vocab)]))
     while True:
         values, ids = scores.topk(width, dim=-1)
-        kept = torch.arange(width, device=scores.device)[None] < top_k[:, None]
+        # What equals the k-th best is kept too, as in transformers.
+        kept = values >= values.gather(1, (top_k - 1).clamp(max=width - 1))
         # With top-k on, the mass is that of the k best; otherwise of the whole vocabulary.
         limited = values.masked_fill(~kept, float("-inf"))
-        total = torch.where((top_k < vocab)[:, None], limited.logsumexp(-1, keepdim=True), log_total)
+        total = torch.where(top_k < vocab, limited.logsumexp(-1, keepdim=True), log_total)
         probs = (limited - total).exp()
-        before = probs.cumsum(-1) - probs  # mass of the better candidates
-        enough = (before[:, -1] + probs[:, -1] >= top_p) | (top_k <= width)
-        if width == vocab or bool(enough.all()):
+        keep = kept & (probs.cumsum(-1) - probs < top_p)  # by the mass of the better candidates
+        keep[:, 0] = True
+        # Enough when a worse candidate than the last one kept is in sight: nothing kept lies beyond, not even a tie.
+        if width == vocab or bool((values.masked_fill(~keep, math.inf).amin(-1) > values[:, -1]).all()):
             break
         width = min(vocab, width * 8)
-    keep = kept & (before < top_p[:, None])
-    keep[:, 0] = True
     probs = probs * keep
-    return ids, probs / probs.sum(-1, keepdim=True)
+    return _ties_by_id(values, ids), probs / probs.sum(-1, keepdim=True)
+
+
+def _ties_by_id(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """`ids` with those of equal values ascending: `topk` orders them differently for every number of candidates."""
+    ids, by_id = ids.sort(-1)
+    _, order = values.gather(1, by_id).sort(dim=-1, descending=True, stable=True)
+    return ids.gather(1, order)
 
 
 def uniform(seed: int, index: int) -> float:
@@ -122,7 +132,7 @@ def _filtered(params: SamplingParams) -> bool:
 
 def _scaled(scores: torch.Tensor, rows: Seq[SamplingRow], chosen: list[int]) -> torch.Tensor:
     temperature = torch.tensor([rows[i].params.temperature for i in chosen], device=scores.device)
-    return scores[chosen] / temperature[:, None]
+    return scores[chosen] / temperature[:, None].clamp(min=_COLDEST)
 
 
 def _pick(probs: torch.Tensor, rows: Seq[SamplingRow]) -> torch.Tensor:
