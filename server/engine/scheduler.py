@@ -89,11 +89,23 @@ class Scheduler:
                 del self._waiting[_digest(sequence)]
 
     def _admit(self) -> list[Sequence]:
-        """Give free rows to waiting sequences whose adapter is ready; start loading the adapters of the next ones."""
+        """Give free rows to waiting sequences whose adapter is ready; start loading the adapters of the next ones.
+
+        Only the next `max_batch_size` in turn start loads; while rows are free, all others may run if they are ready.
+        """
         failed: list[Sequence] = []
-        for sequence in list(self._turns(self._config.max_batch_size)):
+        ahead = self._config.max_batch_size
+        everyone = sum(map(len, self._waiting.values()))
+        for turn, sequence in enumerate(list(self._turns(everyone if self.rows.num_free else ahead))):
             adapter = sequence.request.adapter
-            status = AdapterStatus.READY if adapter is None else self._residency.prefetch(adapter)
+            if turn >= ahead and not self.rows.num_free:
+                break
+            if adapter is None:
+                status = AdapterStatus.READY
+            elif turn < ahead or self._residency.status(adapter.digest) is AdapterStatus.READY:
+                status = self._residency.prefetch(adapter)
+            else:
+                continue
             if adapter is not None and status in (AdapterStatus.REFUSED, AdapterStatus.FAILED):
                 error = self._residency.error(adapter.digest)
                 refused = status is AdapterStatus.REFUSED

@@ -1,0 +1,88 @@
+"""An engine with a toy model and adapters that load when the test says so."""
+
+import threading
+import time
+from collections.abc import Callable
+
+from adapters.adapter import Adapter, AdapterRef
+from adapters.residency import Residency
+from server.engine.config import EngineConfig
+from server.engine.engine import Engine
+from server.engine.sampler import Sampled
+from server.engine.types import Batch, Sequence, SequenceOutput
+from tests.oracle import request, run
+
+EOS = 99
+VOCAB = [bytes([97 + i % 26]) for i in range(EOS)] + [b"<end>"]  # token 0 is "a", 1 is "b"
+
+
+class ToyRunner:
+    """Says a, b, c, ... for every sequence (`say` may say otherwise) and keeps every batch."""
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+        self.say: Callable[[Sequence], int] = lambda sequence: len(sequence.output_ids) % 26
+        self.fail: Exception | None = None
+
+    def run(self, batch: Batch) -> Sampled:
+        self.batches.append(batch)
+        for item in batch.items:
+            assert item.sequence.num_computed + item.num_new_tokens <= item.sequence.num_tokens
+        if self.fail is not None:
+            error, self.fail = self.fail, None
+            raise error
+        tokens = [self.say(sequence) for sequence in batch.sampled]
+        return Sampled(tokens, [-0.5] * len(tokens))
+
+
+class Toy:
+    """An engine over the toy; adapters load at once unless `gates` holds an event for them."""
+
+    def __init__(self, **limits: int) -> None:
+        limits = {
+            "max_batch_size": 2,
+            "max_model_len": 32,
+            "max_resident_adapters": 32,
+            "max_batch_tokens": 16,
+        } | limits
+        self.gates: dict[str, threading.Event] = {}
+        self.errors: dict[str, Exception] = {}
+        self.runner = ToyRunner()
+        self.residency = Residency(self._load, limits["max_resident_adapters"])
+        self.engine = Engine(EngineConfig(**limits), self.runner, self.residency, EOS, VOCAB)
+
+    def _load(self, ref: AdapterRef) -> Adapter:
+        if ref.digest in self.gates:
+            assert self.gates[ref.digest].wait(10)
+        if ref.digest in self.errors:
+            raise self.errors[ref.digest]
+        return Adapter(ref.digest, {})
+
+    def add(self, name: str, adapter: str | None = None, prompt: int = 3, **fields: object) -> None:
+        self.engine.add_request(request(name, [1] * prompt, ref(adapter) if adapter else None, **fields))
+
+    def preload(self, *digests: str) -> None:
+        for digest in digests:
+            self.residency.prefetch(ref(digest))
+        self.settle()
+
+    def settle(self) -> None:
+        deadline = time.monotonic() + 10
+        while self.residency.loading:
+            assert time.monotonic() < deadline, "a load never ended"
+            self.residency.poll()
+            time.sleep(0.001)
+
+    def run(self) -> dict[str, SequenceOutput]:
+        return run(self.engine, [])
+
+    def admitted(self) -> list[str]:
+        """Request ids in the order of their first step."""
+        return list(dict.fromkeys(s.request_id for batch in self.runner.batches for s in batch.sequences))
+
+
+Toys = Callable[..., Toy]
+
+
+def ref(digest: str) -> AdapterRef:
+    return AdapterRef(digest, digest, digest)
