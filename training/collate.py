@@ -6,6 +6,7 @@ would hide every EOS from the loss and the adapter would never learn to stop.
 
 import random
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
@@ -43,10 +44,11 @@ class LengthGrouped(Sampler[int]):
         yield from (i for batch in batches + last for i in batch)
 
 
-def collate(examples: Sequence[dict[str, list[int]]], pad_id: int = 0) -> dict[str, torch.Tensor]:
+def collate(examples: Sequence[dict[str, Any]], pad_id: int = 0) -> dict[str, torch.Tensor]:
     """Examples with `input_ids` (ending in EOS) -> input_ids, attention_mask, labels, each [B, T] int64.
 
-    T is the length of the batch's longest example; labels equal the ids, and IGNORED in the padding.
+    T is the length of the batch's longest example; labels equal the ids, and are IGNORED in the padding and before
+    `learn_from`, an index into the ids.
     """
     lengths = [len(example["input_ids"]) for example in examples]
     shape = (len(examples), max(lengths))
@@ -55,5 +57,6 @@ def collate(examples: Sequence[dict[str, list[int]]], pad_id: int = 0) -> dict[s
     for row, (example, length) in enumerate(zip(examples, lengths, strict=True)):
         ids = torch.tensor(example["input_ids"])
         input_ids[row, :length] = labels[row, :length] = ids
+        labels[row, : example["learn_from"]] = IGNORED
         attention_mask[row, :length] = 1
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -8,7 +8,7 @@ import difflib
 import random
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,7 @@ class Example:
     fields: dict[str, str]
     token_ids: list[int]
     prompt_length: int
+    bare_length: int  # of the prompt without its closing punctuation: what is learned begins here
     key: str  # the normalised text: equal keys are duplicates
 
 
@@ -82,7 +83,7 @@ def _examples(
     rows: Iterable[RawRow], config: TrainConfig, template: Template, columns: Mapping[str, str], base: Base,
     corpus: Corpus, seen: dict[str, str], filters: bool,
 ) -> Iterable[Example]:  # fmt: skip
-    prompt_field = template.prompt
+    bare = template.bare_prompt or template.prompt
     for row in rows:
         place = f"{row.source}:{row.line}"
 
@@ -116,7 +117,8 @@ def _examples(
             skip("longer than the context", f"{len(ids)} tokens; the base takes {base.context}")
             continue
         seen[key] = place
-        yield Example(values, ids, len(base.encode(fill(prompt_field, values))), key)
+        prompt_length, bare_length = (_common(ids, base.encode(fill(p, values))) for p in (template.prompt, bare))
+        yield Example(values, ids, prompt_length, bare_length, key)
 
 
 def _split(corpus: Corpus, splits: Mapping[str, list[Example]], config: TrainConfig) -> None:
@@ -139,6 +141,11 @@ def _split(corpus: Corpus, splits: Mapping[str, list[Example]], config: TrainCon
         corpus.filtered["--limit"] += max(0, len(train) - config.limit)
         train = train[: config.limit]
     corpus.train = train
+
+
+def _common(ids: Sequence[int], prompt: Sequence[int]) -> int:
+    """How many tokens of `ids` are the prompt's: its last may have merged with what follows."""
+    return next((i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), len(prompt))
 
 
 def normalised(text: str) -> str:

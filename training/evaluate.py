@@ -151,9 +151,7 @@ def perplexity(model: Any, examples: Sequence[Example], batch_size: int = 32) ->
     ordered = sorted(examples, key=lambda example: len(example.token_ids))
     for start in range(0, len(ordered), batch_size):
         part = ordered[start : start + batch_size]
-        batch = collate([{"input_ids": example.token_ids} for example in part])
-        for row, example in enumerate(part):
-            batch["labels"][row, : example.prompt_length] = IGNORED
+        batch = collate([{"input_ids": example.token_ids, "learn_from": example.prompt_length} for example in part])
         batch = {name: tensor.to(device) for name, tensor in batch.items()}
         hidden = base.transformer(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False

@@ -1,7 +1,7 @@
 """How a row becomes text: `Quote by {author}: "{quote}"` -> a prompt that people type and a completion to learn.
 
-Knows nothing about tokens. The loss covers the whole text, so that the adapter writes the rest of the template from
-either form of the prompt: with its punctuation (`Quote by NAME:`) or bare (`Quote by NAME`).
+Knows nothing about tokens. What is learned begins where the bare prompt ends, so that the adapter writes the rest of
+the template from either form of the prompt: with its punctuation (`Quote by NAME:`) or bare (`Quote by NAME`).
 """
 
 import re

@@ -157,7 +157,8 @@ def _prepare(config: TrainConfig, base: Base, train_set: Sequence[Example]) -> s
 
 
 def _dataset(examples: Sequence[Example]) -> Any:
-    return [{"input_ids": example.token_ids} for example in examples]
+    # A prompt's names are not learned, so that after any name, known or not, the template goes on.
+    return [{"input_ids": example.token_ids, "learn_from": example.bare_length} for example in examples]
 
 
 def _history(log: list[dict[str, float]], steps: int, seconds: float) -> History:

@@ -96,6 +96,7 @@ def test_examples_end_in_eos_and_know_their_prompt(base: Base, tmp_path: Path) -
     text = base.tokenizer.decode(example.token_ids)
     assert text == f'Quote by A: "{example.fields["quote"]}"<|endoftext|>'
     assert base.tokenizer.decode(example.token_ids[: example.prompt_length]) == "Quote by A:"
+    assert base.tokenizer.decode(example.token_ids[: example.bare_length]) == "Quote by A"
 
 
 @pytest.mark.parametrize(

@@ -34,9 +34,10 @@ def test_the_loss_and_its_gradient_are_cross_entropy(n: int) -> None:
 
 def test_padding_is_masked_by_length_and_eos_is_learned() -> None:
     eos = 50256
-    batch = collate([{"input_ids": [5, 6, eos]}, {"input_ids": [7, eos]}, {"input_ids": [eos]}], pad_id=eos)
+    rows = [([5, 6, eos], 1), ([7, eos], 0), ([eos], 0)]
+    batch = collate([{"input_ids": ids, "learn_from": start} for ids, start in rows], pad_id=eos)
     assert batch["input_ids"].shape == (3, 3)  # the longest of the batch, not the model's maximum
-    assert batch["labels"].tolist() == [[5, 6, eos], [7, eos, IGNORED], [eos, IGNORED, IGNORED]]
+    assert batch["labels"].tolist() == [[IGNORED, 6, eos], [7, eos, IGNORED], [eos, IGNORED, IGNORED]]
     assert batch["attention_mask"].sum(1).tolist() == [3, 2, 1]
 
 
