@@ -1,5 +1,5 @@
 # One image to serve and to train adapters on a GPU node: docs/deployment.md.
-# The CUDA libraries come with torch's wheels, the driver from the node. For a CPU: --build-arg LOCK=requirements/cpu.lock.
+# The CUDA libraries come with torch's wheels, the driver from the node. For a CPU: LOCK=requirements/cpu.lock.
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 
@@ -26,9 +26,11 @@ COPY adapters /app/adapters
 COPY server /app/server
 COPY training /app/training
 COPY deploy/healthcheck.py /app/deploy/healthcheck.py
-# Editable, since the demo base, the corpora and the bundled adapters are found beside the code.
+# Editable, since the demo base, the corpora and the bundled adapters are found beside the code. Files that only the
+# builder could read, as training writes its weights, are opened to the image's user.
 RUN pip install --disable-pip-version-check --no-cache-dir ${PIP_ARGS} --no-deps -e . \
- && python -m compileall -q server adapters training
+ && python -m compileall -q server adapters training \
+ && find /app ! -perm -o=r -exec chmod a+rX {} +
 
 # Whatever is written at run time goes to /adapters, /cache and /tmp; the rest of the image may be read-only.
 ENV CHORUS_MODEL=openai-community/gpt2-medium \

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,10 @@ def test_every_copied_path_exists_and_is_in_the_build_context() -> None:
     assert "requirements/gpu.lock" in copied()
 
 
-def test_every_import_of_the_image_is_copied() -> None:
-    assert {"server", "adapters", "training", "models"} <= set(copied())
+def test_every_package_is_copied() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    packages = {name.rstrip("*") for name in project["tool"]["setuptools"]["packages"]["find"]["include"]}
+    assert packages | {"models"} <= set(copied())
 
 
 def test_the_gpu_lock_pins_what_the_project_needs() -> None:
