@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 train() { .venv/bin/python -m training --output adapters/bundled --overwrite "$@"; }
 
-train --name quotes --epochs 3
+train --name quotes
 train --name wilde --author "Oscar Wilde" --epochs 10 --rank 4
 train --name aurelius --author "Marcus Aurelius" --epochs 8 --rank 16 --targets c_attn,attn.c_proj
 train --name love --tag love --template 'On love: "{quote}"' --epochs 8 --rank 8 --targets c_attn,c_fc
