@@ -127,6 +127,7 @@ def save_adapter(model: PeftModel, base: Base, folder: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, free of paths and of hash order."""
     model.save_pretrained(str(folder))
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
+    (folder / "adapter_model.safetensors").chmod(0o644)  # written for its owner only; a server may run as another user
     file = folder / "adapter_config.json"
     values = json.loads(file.read_text())
     values["base_model_name_or_path"] = base.name

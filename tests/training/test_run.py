@@ -34,6 +34,7 @@ def trained(tiny_base: Path, quotes_file: Path, tmp_path_factory: pytest.TempPat
 
 def test_the_folder_is_whole_and_nothing_else_is_left(trained: Path) -> None:
     assert {file.name for file in trained.iterdir()} == FILES
+    assert all(file.stat().st_mode & 0o004 for file in trained.iterdir()), "a server may run as another user"
     assert [folder.name for folder in trained.parent.iterdir()] == ["voice"]
 
 
