@@ -91,12 +91,12 @@ def _choose(logits: torch.Tensor, settings: SamplingSettings, generator: torch.G
     chosen = torch.zeros(len(logits), dtype=torch.long)
     rows = torch.arange(len(logits))  # still to draw for
     while len(rows):
-        points = torch.rand(len(rows), 1, dtype=torch.float64, generator=generator) * cumulative[rows, -1:]
-        drawn = torch.searchsorted(cumulative[rows], points).clamp(max=logits.shape[1] - 1)  # [n, 1]
-        own = probabilities[rows].gather(1, drawn)
-        before = torch.where(probabilities[rows] > own, probabilities[rows], 0.0).sum(1)
+        points = torch.rand(len(rows), 1, dtype=torch.float64, generator=generator) * cumulative[:, -1:]
+        drawn = torch.searchsorted(cumulative, points).clamp(max=logits.shape[1] - 1)  # [n, 1]
+        before = torch.where(probabilities > probabilities.gather(1, drawn), probabilities, 0.0).sum(1)
         chosen[rows] = drawn[:, 0]
-        rows = rows[before >= settings.top_p]
+        again = before >= settings.top_p
+        rows, probabilities, cumulative = rows[again], probabilities[again], cumulative[again]
     return chosen
 
 
