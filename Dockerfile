@@ -3,9 +3,10 @@
 ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 
-# Triton and torch.compile call a C compiler at run time; tini hands signals on and reaps what is left behind.
+# Triton and torch.compile call a C compiler at run time, the CPU kernels are compiled below; tini hands signals on and
+# reaps what is left behind.
 RUN apt-get update \
- && apt-get install -y --no-install-recommends gcc libc6-dev tini \
+ && apt-get install -y --no-install-recommends g++ libc6-dev tini \
  && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 10001 chorus \
  && useradd --uid 10001 --gid chorus --no-create-home --home-dir /cache --shell /usr/sbin/nologin chorus \
@@ -23,13 +24,15 @@ ENV PATH=/opt/venv/bin:$PATH
 COPY pyproject.toml README.md LICENSE /app/
 COPY models /app/models
 COPY adapters /app/adapters
+COPY kernels /app/kernels
 COPY server /app/server
 COPY training /app/training
 COPY deploy/healthcheck.py /app/deploy/healthcheck.py
 # Editable, since the demo base, the corpora and the bundled adapters are found beside the code. Files that only the
 # builder could read, as training writes its weights, are opened to the image's user.
 RUN pip install --disable-pip-version-check --no-cache-dir ${PIP_ARGS} --no-deps -e . \
- && python -m compileall -q server adapters training \
+ && python -m kernels.build \
+ && python -m compileall -q server adapters kernels training \
  && find /app ! -perm -o=r -exec chmod a+rX {} +
 
 # Whatever is written at run time goes to /adapters, /cache and /tmp; the rest of the image may be read-only.

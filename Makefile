@@ -14,10 +14,11 @@ export MALLOC_TOP_PAD_ = 268435456
 
 install: .venv/installed
 
-.venv/installed: requirements/cpu.lock pyproject.toml
+.venv/installed: requirements/cpu.lock pyproject.toml $(wildcard kernels/build.py kernels/cpu/*.cpp kernels/cpu/*.h)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --disable-pip-version-check -q $(PIP_ARGS) -r requirements/cpu.lock
 	$(BIN)/pip install --disable-pip-version-check -q --no-deps -e .
+	$(BIN)/python -m kernels.build || true  # without them the server computes with torch alone
 	touch $@
 
 run: install

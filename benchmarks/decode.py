@@ -19,24 +19,26 @@ from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache
 from server.engine.model_runner import ModelRunner
 from server.engine.types import Request, SamplingParams
+from server.model.backend import choose_backend
 from server.model.config import GPT2Config
 from server.model.gpt2 import GPT2
-from server.model.loader import expected_shapes, load_model, model_from_tensors
+from server.model.loader import build_model, expected_shapes, load_model
 
 MEDIUM = {"n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 1024}
 PROMPT, RANK = 32, 8
 
 
-def random_model(dtype: torch.dtype) -> GPT2:
+def random_model(dtype: torch.dtype, kernels: str = "auto") -> GPT2:
     """GPT-2 at gpt2-medium's sizes with random weights."""
     config = GPT2Config.parse(MEDIUM)
-    tensors = {name: torch.randn(shape).mul_(0.02).to(dtype) for name, shape in expected_shapes(config).items()}
-    return model_from_tensors(config, tensors)
+    shapes = expected_shapes(config)
+    backend = choose_backend(torch.device("cpu"), dtype, kernels)
+    return build_model(config, backend, lambda name: torch.randn(shapes[name]).mul_(0.02).to(dtype))
 
 
 def random_adapter(ref: AdapterRef, model: GPT2) -> Adapter:
     """Rank 8 on c_attn and attn.c_proj."""
-    shape, dtype = model.config.adapter_shape, model.wte.dtype
+    shape, dtype = model.config.adapter_shape, model.dtype
     pairs: dict[ModuleKey, LoraPair] = {}
     for layer in range(shape.n_layer):
         for target in ("attn.c_attn", "attn.c_proj"):
@@ -49,7 +51,7 @@ def random_adapter(ref: AdapterRef, model: GPT2) -> Adapter:
 def step_milliseconds(model: GPT2, batch: int, distinct: int, steps: int) -> float:
     """The median time of a decode step with `batch` sequences on `distinct` adapters (0: the base)."""
     residency = Residency(lambda ref: random_adapter(ref, model), 2 * max(batch, distinct))
-    kv_cache = KVCache(model.config, batch, PROMPT + steps + 8, torch.device("cpu"), model.wte.dtype)
+    kv_cache = KVCache(model.config, batch, PROMPT + steps + 8, torch.device("cpu"), model.dtype)
     config = EngineConfig(batch, PROMPT + steps + 8, max(512, batch * PROMPT), 2 * max(batch, distinct))
     engine = Engine(config, ModelRunner(model, kv_cache, residency), residency, None, [])
     for i in range(batch):
@@ -69,6 +71,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="a checkpoint directory instead of random weights")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--kernels", choices=["auto", "off"], default="auto")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
@@ -76,7 +79,11 @@ def main() -> None:
     args = parser.parse_args()
     dtype = getattr(torch, args.dtype)
     torch.manual_seed(0)
-    model = load_model(args.model, torch.device("cpu"), dtype) if args.model else random_model(dtype)
+    model = (
+        load_model(args.model, torch.device("cpu"), dtype, args.kernels)
+        if args.model
+        else random_model(dtype, args.kernels)
+    )
     hardware = (
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )

@@ -46,6 +46,9 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Precision of weights and cache; auto is float32 on a CPU, bfloat16 on a GPU that has it."
     )
+    kernels: Literal["auto", "off"] = Field(
+        "auto", description="Our C++ kernels on a CPU, where `make install` could build them; off is torch alone."
+    )
     max_batch_size: int = Field(default=32, ge=1, le=1024, description="Requests that decode together.")
     max_model_len: int | None = Field(
         None, ge=2, description="Positions of a request, prompt and output; the model's own if left out."

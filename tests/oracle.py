@@ -21,6 +21,7 @@ from server.model.config import GPT2Config as OurConfig
 
 VOCAB = 211
 EOS = VOCAB - 1
+KERNELS = "auto"  # what engines compute with; "off" is torch alone
 TIE = 1e-4  # a differing token is excused when the two candidates' logits lie this close
 TOKEN_BYTES = [bytes([97 + i % 26]) * (1 + i % 3) for i in range(VOCAB)]
 
@@ -76,7 +77,7 @@ def make_engine(base: Path, **limits: int) -> Engine:
     limits.setdefault("max_model_len", OurConfig.read(base).n_positions)
     limits.setdefault("max_batch_size", 8)
     limits.setdefault("max_resident_adapters", max(32, 2 * limits["max_batch_size"]))
-    return build_engine(base, EngineConfig(**limits), torch.device("cpu"), torch.float32, TOKEN_BYTES)
+    return build_engine(base, EngineConfig(**limits), torch.device("cpu"), torch.float32, TOKEN_BYTES, KERNELS)
 
 
 def adapter_ref(base: Path, folder: Path) -> AdapterRef:

@@ -24,11 +24,14 @@ def build(settings: Settings, model_dir: Path) -> tuple[Engine, EngineInfo]:
     config = GPT2Config.read(model_dir)
     start = time.perf_counter()
     vocab = Tokenizer(model_dir).vocabulary(config.vocab_size)
-    engine = build_engine(model_dir, engine_config(settings, config), device, dtype, vocab)
+    engine = build_engine(model_dir, engine_config(settings, config), device, dtype, vocab, settings.kernels)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    logger.info("model ready in %.1f s: %s, %s, %s", time.perf_counter() - start, model_dir, name, dtype)
+    seconds = time.perf_counter() - start
+    logger.info("model ready in %.1f s: %s, %s, %s, %s", seconds, model_dir, name, dtype, engine.backend)
     epoch = f"{os.getpid()}.{time.time_ns()}"
-    info = EngineInfo(epoch, os.getpid(), device.type, str(dtype).removeprefix("torch."), engine.weight_bytes)
+    info = EngineInfo(
+        epoch, os.getpid(), device.type, str(dtype).removeprefix("torch."), engine.weight_bytes, engine.backend
+    )
     return engine, info
 
 

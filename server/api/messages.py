@@ -38,6 +38,7 @@ class EngineInfo:
     device: str
     dtype: str
     weight_bytes: int
+    backend: str  # what computes: our kernels, or torch
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,7 @@ class TgiRoutes:
             "model_pipeline_tag": "text-generation",
             "model_dtype": worker.dtype if worker else None,
             "model_device_type": worker.device if worker else None,
+            "backend": worker.backend if worker else None,
             "max_concurrent_requests": state.settings.max_batch_size + state.settings.max_waiting,
             "max_best_of": 1,
             "max_stop_sequences": MAX_STOP_SEQUENCES,

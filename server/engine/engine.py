@@ -40,9 +40,10 @@ class Engine:
         eos_token_id: int | None,
         vocab: Seq[bytes],
         weight_bytes: int = 0,
+        backend: str = "",
     ) -> None:
-        """`vocab` [V]: each token's bytes, for stop strings; `weight_bytes`: the base's, informative."""
-        self.config, self.weight_bytes = config, weight_bytes
+        """`vocab` [V]: each token's bytes, for stop strings; `weight_bytes` and `backend` tell of the base."""
+        self.config, self.weight_bytes, self.backend = config, weight_bytes, backend
         self._runner, self._residency = runner, residency
         self._scheduler = Scheduler(config, residency, eos_token_id, vocab)
 
@@ -128,10 +129,18 @@ class Engine:
 
 
 def build_engine(
-    folder: Path, config: EngineConfig, device: torch.device, dtype: torch.dtype, vocab: Seq[bytes]
+    folder: Path,
+    config: EngineConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    vocab: Seq[bytes],
+    kernels: str = "auto",
 ) -> Engine:
-    """An engine over the checkpoint in `folder`. Raises ModelError, or ValueError for limits the model can't hold."""
-    model = load_model(folder, device, dtype)
+    """An engine over the checkpoint in `folder`; kernels "off" computes with torch alone.
+
+    Raises ModelError, or ValueError for limits the model can't hold.
+    """
+    model = load_model(folder, device, dtype, kernels)
     if config.max_model_len > model.config.n_positions:
         raise ValueError(
             f"max_model_len {config.max_model_len} exceeds the model's {model.config.n_positions} positions"
@@ -140,7 +149,7 @@ def build_engine(
     shape = model.config.adapter_shape
     residency = Residency(lambda ref: load_adapter(ref, shape, device, dtype), config.max_resident_adapters)
     runner = ModelRunner(model, kv_cache, residency)
-    return Engine(config, runner, residency, model.config.eos_token_id, vocab, model.nbytes)
+    return Engine(config, runner, residency, model.config.eos_token_id, vocab, model.nbytes, model.backend.name)
 
 
 def _output(sequence: Sequence) -> SequenceOutput:

@@ -6,6 +6,7 @@ from typing import Protocol
 import torch
 
 from adapters.adapter import Adapter
+from adapters.lora.native import NativeLora
 from adapters.lora.packed import PackCache
 from adapters.residency import Residency
 from server.engine.kv_cache import KVCache
@@ -27,14 +28,15 @@ class ModelRunner:
 
     def __init__(self, model: GPT2, kv_cache: KVCache, residency: Residency) -> None:
         self._model, self._kv, self._residency = model, kv_cache, residency
-        self._device = model.wte.device
-        self._packs = PackCache()
+        self._device = model.device
+        native = model.backend.native
+        self._lora = PackCache() if native is None else NativeLora(native)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Sampled:
         """Compute the batch's tokens and choose the next one of each sequence that is ready for it."""
         adapters = [self._adapter(item) for item in batch.items for _ in range(item.num_new_tokens)]
-        lora = self._packs.batch(adapters, self._device)
+        lora = self._lora.batch(adapters, self._device)
         inputs = forward_batch(batch, self._device)
         for item in batch.items:
             if item.sequence.row is not None:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from adapters.adapter import ModuleKey
+from server.model.backend import Backend, Embedding, Linear
 from server.model.config import GPT2Config
 
 
@@ -26,21 +27,17 @@ class Lora(Protocol):
 
 
 @dataclass(frozen=True)
-class LayerWeights:
-    """One block. Projections are (in, out), as in the checkpoint."""
+class Layer:
+    """One block: its two norms and four projections."""
 
     ln_1_weight: torch.Tensor
     ln_1_bias: torch.Tensor
-    attn_c_attn_weight: torch.Tensor
-    attn_c_attn_bias: torch.Tensor
-    attn_c_proj_weight: torch.Tensor
-    attn_c_proj_bias: torch.Tensor
+    attn_c_attn: Linear
+    attn_c_proj: Linear
     ln_2_weight: torch.Tensor
     ln_2_bias: torch.Tensor
-    mlp_c_fc_weight: torch.Tensor
-    mlp_c_fc_bias: torch.Tensor
-    mlp_c_proj_weight: torch.Tensor
-    mlp_c_proj_bias: torch.Tensor
+    mlp_c_fc: Linear
+    mlp_c_proj: Linear
 
 
 @dataclass(frozen=True)
@@ -73,13 +70,14 @@ class GPT2:
     def __init__(
         self,
         config: GPT2Config,
-        wte: torch.Tensor,  # [V, d]
+        backend: Backend,
+        wte: Embedding,
         wpe: torch.Tensor,  # [positions, d]
-        layers: list[LayerWeights],
+        layers: list[Layer],
         ln_f_weight: torch.Tensor,
         ln_f_bias: torch.Tensor,
     ) -> None:
-        self.config = config
+        self.config, self.backend = config, backend
         self.wte, self.wpe, self.layers = wte, wpe, layers
         self.ln_f_weight, self.ln_f_bias = ln_f_weight, ln_f_bias
         self._activation = _activation(config.activation_function)
@@ -87,9 +85,18 @@ class GPT2:
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
-        tensors = [self.wte, self.wpe, self.ln_f_weight, self.ln_f_bias]
-        tensors += [tensor for layer in self.layers for tensor in vars(layer).values()]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+        parts = [self.wte, self.wpe, self.ln_f_weight, self.ln_f_bias]
+        return sum(part.nbytes for part in [*parts, *(part for layer in self.layers for part in vars(layer).values())])
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.wpe.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights, activations and caches."""
+        return self.wpe.dtype
 
     def forward(
         self, batch: ForwardBatch, k_cache: torch.Tensor, v_cache: torch.Tensor, lora: Lora | None
@@ -99,33 +106,37 @@ class GPT2:
         k_cache, v_cache [layers, rows, H, max_len, Dh]; `lora` None when every row is the base's.
         """
         eps, d = self.config.layer_norm_epsilon, self.config.n_embd
-        x = self.wte[batch.token_ids] + self.wpe[batch.positions]  # [N, d]
+        x = self.wte.rows(batch.token_ids) + self.wpe[batch.positions]  # [N, d]
         for i, w in enumerate(self.layers):
             h = F.layer_norm(x, (d,), w.ln_1_weight, w.ln_1_bias, eps)
-            qkv = _project(h, w.attn_c_attn_weight, w.attn_c_attn_bias, ModuleKey(i, "attn.c_attn"), lora)
+            qkv = _project(h, w.attn_c_attn, ModuleKey(i, "attn.c_attn"), lora)
             h = self._attend(i, qkv, batch, k_cache[i], v_cache[i])  # [N, d]
-            x = x + _project(h, w.attn_c_proj_weight, w.attn_c_proj_bias, ModuleKey(i, "attn.c_proj"), lora)
+            x = x + _project(h, w.attn_c_proj, ModuleKey(i, "attn.c_proj"), lora)
             h = F.layer_norm(x, (d,), w.ln_2_weight, w.ln_2_bias, eps)
-            h = _project(h, w.mlp_c_fc_weight, w.mlp_c_fc_bias, ModuleKey(i, "mlp.c_fc"), lora)
+            h = _project(h, w.mlp_c_fc, ModuleKey(i, "mlp.c_fc"), lora)
             h = self._activation(h)  # [N, inner]
-            x = x + _project(h, w.mlp_c_proj_weight, w.mlp_c_proj_bias, ModuleKey(i, "mlp.c_proj"), lora)
+            x = x + _project(h, w.mlp_c_proj, ModuleKey(i, "mlp.c_proj"), lora)
         x = F.layer_norm(x[batch.output_index], (d,), self.ln_f_weight, self.ln_f_bias, eps)
-        return F.linear(x, self.wte).float()  # [S, V]
+        return self.wte.logits(x)  # [S, V]
 
     def _attend(
         self, layer: int, qkv: torch.Tensor, batch: ForwardBatch, keys: torch.Tensor, values: torch.Tensor
     ) -> torch.Tensor:
         """Causal attention of every token over its own row. qkv [N, 3d]; keys, values [rows, H, max_len, Dh]."""
         heads, head_dim = self.config.n_head, self.config.head_dim
-        q, k, v = qkv.view(-1, 3, heads, head_dim).unbind(1)  # [N, H, Dh] each
-        keys[batch.rows, :, batch.positions] = k
-        values[batch.rows, :, batch.positions] = v
         scale = 1.0 / math.sqrt(head_dim) if self.config.scale_attn_weights else 1.0
         if self.config.scale_attn_by_inverse_layer_idx:
             scale /= layer + 1
-        out = torch.empty_like(q)  # [N, H, Dh]
-        if batch.num_decode:
-            n = batch.num_decode
+        out = qkv.new_empty(len(qkv), heads, head_dim)
+        n, native = batch.num_decode, self.backend.native
+        first = n if native else 0  # the kernel writes its tokens' keys and values itself
+        q, k, v = qkv.view(-1, 3, heads, head_dim).unbind(1)  # [N, H, Dh] each
+        if first < len(qkv):
+            keys[batch.rows[first:], :, batch.positions[first:]] = k[first:]
+            values[batch.rows[first:], :, batch.positions[first:]] = v[first:]
+        if n and native:
+            native.attend(qkv[:n], keys, values, batch.rows, batch.positions, scale, out[:n])
+        elif n:
             out[:n] = self._attend_decode(q[:n], batch, keys, values, scale)
         for chunk in batch.chunks:
             part = slice(chunk.start, chunk.start + chunk.length)
@@ -180,11 +191,9 @@ class GPT2:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale)
 
 
-def _project(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, key: ModuleKey, lora: Lora | None
-) -> torch.Tensor:
+def _project(x: torch.Tensor, linear: Linear, key: ModuleKey, lora: Lora | None) -> torch.Tensor:
     """y [N, out] = x [N, in] W + b, plus each row's adapter."""
-    y = torch.addmm(bias, x, weight)
+    y = linear(x)
     if lora is not None:
         lora.add(y, x, key)
     return y

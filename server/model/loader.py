@@ -1,8 +1,10 @@
 """Hugging Face GPT-2 checkpoint -> GPT2, one tensor at a time, every name and shape accounted for."""
 
 import json
+import mmap
 import re
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import torch
 from safetensors import SafetensorError
 
 from adapters.tensorfile import open_tensors
+from server.model.backend import Backend, Linear, choose_backend
 from server.model.config import GPT2Config, ModelError
-from server.model.gpt2 import GPT2, LayerWeights
+from server.model.gpt2 import GPT2, Layer
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -20,8 +23,10 @@ _STORED = ("F32", "F16", "BF16")
 _BUFFER = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
 
 
-def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> GPT2:
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype, kernels: str = "auto") -> GPT2:
     """Read the checkpoint in `folder` (`model.safetensors` or its shards) as `dtype` onto `device`.
+
+    `kernels`: auto, or off to compute with torch alone.
 
     Tensor names may start with `transformer.` or not; `lm_head.weight`, if present, must equal the tied embedding.
     Holds the weights and at most one tensor more in memory. Raises ModelError naming the tensor: missing, surplus,
@@ -29,28 +34,47 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype) -> GPT2:
     """
     config = GPT2Config.read(folder)
     reader = _Reader(folder)
-    weights = {name: reader.read(name, shape, device, dtype) for name, shape in expected_shapes(config).items()}
-    surplus = sorted(name for name in reader.unread if not _BUFFER.fullmatch(name) and name != "lm_head.weight")
-    if surplus:
+    shapes = expected_shapes(config)
+    surplus = sorted(reader.names - shapes.keys() - {"lm_head.weight"})
+    if surplus := [name for name in surplus if not _BUFFER.fullmatch(name)]:
         raise ModelError(
             f"{folder}: tensors that GPT-2 does not have: {', '.join(surplus[:5])} ({len(surplus)} in all)"
         )
-    if "lm_head.weight" in reader.unread:
-        head = reader.read("lm_head.weight", (config.vocab_size, config.n_embd), device, dtype)
-        if not torch.equal(head, weights["wte.weight"]):
-            raise ModelError(f"{folder}: lm_head.weight differs from wte.weight; only tied embeddings are supported")
-    return model_from_tensors(config, weights)
+
+    def take(name: str) -> torch.Tensor:
+        tensor = reader.read(name, shapes[name], device, dtype)
+        if name == "wte.weight" and "lm_head.weight" in reader.names:
+            head = reader.read("lm_head.weight", shapes[name], device, dtype)
+            if not torch.equal(head, tensor):
+                raise ModelError(
+                    f"{folder}: lm_head.weight differs from wte.weight; only tied embeddings are supported"
+                )
+        return tensor
+
+    return build_model(config, choose_backend(device, dtype, kernels), take)
 
 
-def model_from_tensors(config: GPT2Config, weights: dict[str, torch.Tensor]) -> GPT2:
-    """A GPT2 over tensors named and shaped as `expected_shapes` says."""
+def build_model(config: GPT2Config, backend: Backend, take: Callable[[str], torch.Tensor]) -> GPT2:
+    """A GPT2 of the tensors that `take` gives by name, once each, shaped as `expected_shapes` says."""
+
+    def linear(name: str) -> Linear:
+        return backend.linear(take(f"{name}.weight"), take(f"{name}.bias"))
+
+    wte = backend.embedding(take("wte.weight"))
     layers = [
-        LayerWeights(**{_field(name): weights[f"h.{i}.{name}"] for name in _layer_shapes(config)})
+        Layer(
+            ln_1_weight=take(f"h.{i}.ln_1.weight"),
+            ln_1_bias=take(f"h.{i}.ln_1.bias"),
+            attn_c_attn=linear(f"h.{i}.attn.c_attn"),
+            attn_c_proj=linear(f"h.{i}.attn.c_proj"),
+            ln_2_weight=take(f"h.{i}.ln_2.weight"),
+            ln_2_bias=take(f"h.{i}.ln_2.bias"),
+            mlp_c_fc=linear(f"h.{i}.mlp.c_fc"),
+            mlp_c_proj=linear(f"h.{i}.mlp.c_proj"),
+        )
         for i in range(config.n_layer)
     ]
-    return GPT2(
-        config, weights["wte.weight"], weights["wpe.weight"], layers, weights["ln_f.weight"], weights["ln_f.bias"]
-    )
+    return GPT2(config, backend, wte, take("wpe.weight"), layers, take("ln_f.weight"), take("ln_f.bias"))
 
 
 def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
@@ -85,11 +109,6 @@ def _layer_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _field(name: str) -> str:
-    """`attn.c_attn.weight` -> `attn_c_attn_weight`, LayerWeights' field for it."""
-    return name.replace(".", "_")
-
-
 class _Reader:
     """The tensors of a checkpoint's files, under their names without the `transformer.` prefix."""
 
@@ -102,7 +121,7 @@ class _Reader:
         if len(self._where) != len(names):
             counts = Counter(name.removeprefix("transformer.") for _, name in names)
             raise ModelError(f"{folder}: tensor {counts.most_common(1)[0][0]!r} is in the checkpoint twice")
-        self.unread = set(self._where)
+        self.names = frozenset(self._where)
 
     def read(self, name: str, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
         if name not in self._where:
@@ -120,9 +139,10 @@ class _Reader:
                 raise ModelError(
                     f"{self._folder}: tensor {full_name!r} has shape {found}, config.json makes it {shape}"
                 )
-            tensor: torch.Tensor = file.get_tensor(full_name).to(device, dtype, copy=True)
-        self.unread.discard(name)
-        return tensor
+            stored_tensor: torch.Tensor = file.get_tensor(full_name)
+            if device.type != "cpu":
+                return stored_tensor.to(device, dtype, copy=True)
+            return _own_mapping(stored_tensor.shape, dtype).copy_(stored_tensor)
 
     def _files(self) -> list[Path]:
         single, index = self._folder / WEIGHTS_FILE, self._folder / INDEX_FILE
@@ -139,6 +159,12 @@ class _Reader:
                 raise ModelError(f"{self._folder}: shards named in {INDEX_FILE} are missing: {', '.join(missing)}")
             return shards
         raise ModelError(f"{self._folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE} (pickles are not read)")
+
+
+def _own_mapping(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+    """An empty tensor in a mapping of its own: freed after packing, it leaves no hole in the heap behind it."""
+    memory = mmap.mmap(-1, max(1, shape.numel() * dtype.itemsize))
+    return torch.frombuffer(memory, dtype=dtype, count=shape.numel()).view(shape)
 
 
 def _names(path: Path) -> list[str]:

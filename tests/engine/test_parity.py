@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from kernels.build import library
 from server.engine.types import FinishReason
+from tests import oracle
 from tests.oracle import (
     EOS,
     TOKEN_BYTES,
@@ -48,6 +50,14 @@ ADAPTERS: dict[str, dict] = {
     "excluded": {"targets": ["c_attn", "c_proj"], "rank": 4, "exclude_modules": ["mlp.c_proj"]},
     "all-linear": {"targets": "all-linear", "rank": 2},
 }
+
+
+@pytest.fixture(autouse=True, params=["kernels", "torch"])
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds with our kernels and with torch alone."""
+    if request.param == "kernels" and not library().is_file():
+        pytest.skip("no C++ compiler built the kernels")
+    monkeypatch.setattr(oracle, "KERNELS", "auto" if request.param == "kernels" else "off")
 
 
 @pytest.fixture(scope="module")

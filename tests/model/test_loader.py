@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from server.model import loader
 from server.model.config import GPT2Config, ModelError
-from server.model.gpt2 import GPT2
-from server.model.loader import INDEX_FILE, WEIGHTS_FILE, expected_shapes, load_model
+from server.model.loader import INDEX_FILE, WEIGHTS_FILE, build_model, expected_shapes, load_model
 from server.model.source import resolve_model
 from tests.oracle import make_checkpoint
 
@@ -50,19 +50,26 @@ def put_shards(folder: Path, saved: Path, weights: dict[str, torch.Tensor]) -> P
     return folder
 
 
-def named(model: GPT2) -> dict[str, torch.Tensor]:
-    """The loaded tensors under the checkpoint's names."""
-    found = {"wte.weight": model.wte, "wpe.weight": model.wpe}
-    found |= {"ln_f.weight": model.ln_f_weight, "ln_f.bias": model.ln_f_bias}
-    for name in expected_shapes(model.config):
-        if name.startswith("h."):
-            _, layer, rest = name.split(".", 2)
-            found[name] = getattr(model.layers[int(layer)], rest.replace(".", "_"))
-    return found
+def named(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The tensors that the model is built of, under the checkpoint's names."""
+    taken: dict[str, torch.Tensor] = {}
+
+    def build(config, backend, take):
+        def recorded(name: str) -> torch.Tensor:
+            assert name not in taken
+            taken[name] = take(name)
+            return taken[name]
+
+        return build_model(config, backend, recorded)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "build_model", build)
+        load_model(folder, CPU, dtype)
+    return taken
 
 
 def assert_loaded(folder: Path, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> None:
-    loaded = named(load_model(folder, CPU, dtype))
+    loaded = named(folder, dtype)
     assert set(loaded) == {name.removeprefix("transformer.") for name in weights}
     for name, tensor in weights.items():
         got = loaded[name.removeprefix("transformer.")]

@@ -1,0 +1,65 @@
+// Picks the instruction set and gives Python a C interface.
+#include "kernels.h"
+
+extern const Kernels kernels_plain;
+#ifdef __x86_64__
+extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+#endif
+
+#define API extern "C" __attribute__((visibility("default")))
+
+static const Kernels* chosen = &kernels_plain;
+
+// Chooses the best instruction set that the processor has, or the named one if it has it; its name, or null.
+API const char* chorus_choose(const char* wanted) {
+  const char* name = "plain";
+  auto offer = [&](const char* isa, const Kernels* kernels, bool has) {
+    if (has && (wanted == nullptr || std::strcmp(wanted, isa) == 0)) {
+      chosen = kernels;
+      name = isa;
+    }
+  };
+  offer("plain", &kernels_plain, true);
+#ifdef __x86_64__
+  bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  offer("avx2", &kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
+  offer("avx512", &kernels_avx512, avx512);
+  offer("avx512_bf16", &kernels_avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16"));
+#endif
+  return wanted == nullptr || std::strcmp(wanted, name) == 0 ? name : nullptr;
+}
+
+API int64_t chorus_panel() { return chosen->panel; }
+
+#define EXPORT(name, parameters, arguments) \
+  API void chorus_##name parameters { chosen->name arguments; }
+
+#define PACK(suffix, T)                                                                                  \
+  EXPORT(pack_##suffix, (const T* w, int64_t sk, int64_t sn, int64_t K, int64_t N, T* out),           \
+         (w, sk, sn, K, N, out))
+#define LINEAR(suffix, T, Y)                                                                             \
+  EXPORT(linear_##suffix,                                                                             \
+         (const T* x, int64_t ldx, const T* w, const float* b, Y* y, int64_t ldy, int64_t M, int64_t K,  \
+          int64_t N),                                                                                    \
+         (x, ldx, w, b, y, ldy, M, K, N))
+#define ATTEND(suffix, T)                                                                                \
+  EXPORT(attend_##suffix,                                                                             \
+         (const T* qkv, T* keys, T* values, const int64_t* rows, const int64_t* positions, T* out,       \
+          int64_t D, int64_t H, int64_t Dh, int64_t max_len, float scale),                               \
+         (qkv, keys, values, rows, positions, out, D, H, Dh, max_len, scale))
+#define LORA(suffix, T)                                                                                  \
+  EXPORT(lora_##suffix,                                                                               \
+         (const T* x, int64_t ldx, T* y, int64_t ldy, const T* const* a, const T* const* b,              \
+          const int64_t* ranks, int64_t M, int64_t K, int64_t N),                                        \
+         (x, ldx, y, ldy, a, b, ranks, M, K, N))
+
+PACK(f32, float)
+PACK(bf16, bf16)
+LINEAR(f32, float, float)
+LINEAR(bf16, bf16, bf16)
+LINEAR(bf16_f32, bf16, float)
+ATTEND(f32, float)
+ATTEND(bf16, bf16)
+LORA(f32, float)
+LORA(bf16, bf16)

@@ -1,0 +1,54 @@
+// What every instruction set offers. All matrices are row-major; ld* are strides between rows, in elements.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+
+struct bf16 {
+  uint16_t bits;
+};
+typedef int32_t unaligned_int __attribute__((aligned(2), may_alias));
+
+// Static, so that no instruction set's copy is linked into another's.
+static inline float to_float(float v) { return v; }
+static inline float to_float(bf16 v) {
+  uint32_t bits = (uint32_t)v.bits << 16;
+  float out;
+  std::memcpy(&out, &bits, 4);
+  return out;
+}
+static inline void put(float& out, float v) { out = v; }
+static inline void put(bf16& out, float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  out.bits = (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to nearest, ties to even
+}
+
+template <typename T>
+using Pack = void (*)(const T* w, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, T* out);
+template <typename T, typename Y>
+using Linear = void (*)(const T* x, int64_t ldx, const T* packed, const float* bias, Y* y, int64_t ldy, int64_t M,
+                        int64_t K, int64_t N);
+template <typename T>
+using Attend = void (*)(const T* qkv, T* keys, T* values, const int64_t* rows, const int64_t* positions, T* out,
+                        int64_t D, int64_t H, int64_t Dh, int64_t max_len, float scale);
+template <typename T>
+using Lora = void (*)(const T* x, int64_t ldx, T* y, int64_t ldy, const T* const* a, const T* const* b,
+                      const int64_t* ranks, int64_t M, int64_t K, int64_t N);
+
+struct Kernels {
+  int64_t panel;
+  Pack<float> pack_f32;
+  Pack<bf16> pack_bf16;
+  Linear<float, float> linear_f32;
+  Linear<bf16, bf16> linear_bf16;
+  Linear<bf16, float> linear_bf16_f32;
+  Attend<float> attend_f32;
+  Attend<bf16> attend_bf16;
+  Lora<float> lora_f32;
+  Lora<bf16> lora_bf16;
+};
+
+#define KERNELS_OF(isa) kernels_##isa
+#define KERNELS(isa) KERNELS_OF(isa)

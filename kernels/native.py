@@ -1,0 +1,121 @@
+"""The C++ kernels behind torch tensors: packed small-batch GEMM, attention over ragged rows, LoRA per row.
+
+Each states its operation in kernels/reference.py. Tensors are contiguous in their last dimension, on the CPU, fp32 or
+bf16; nothing is checked here beyond what a caller in this project can get wrong.
+"""
+
+import ctypes
+from collections.abc import Callable, Sequence
+from ctypes import c_char_p, c_float, c_int64, c_void_p
+from dataclasses import dataclass
+
+import torch
+
+from kernels.build import library
+
+_SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_READ_AHEAD = 1 << 16  # bytes past the weights that prefetching may name
+
+
+class NativeUnavailable(RuntimeError):
+    """The library isn't built, can't be loaded, or doesn't know the instruction set asked for."""
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A weight in the kernels' order: panels of columns."""
+
+    data: torch.Tensor  # [panels * K * panel]
+    bias: torch.Tensor | None  # [N] fp32
+    k: int
+    n: int
+
+
+class Native:
+    """The kernels of one instruction set."""
+
+    def __init__(self, isa: str | None = None) -> None:
+        """`isa`: avx512_bf16, avx512, avx2 or plain; if None the best there is. Raises NativeUnavailable."""
+        path = library()
+        if not path.is_file():
+            raise NativeUnavailable(
+                "the CPU kernels aren't built; `make install` builds them where there is a C++ compiler"
+            )
+        try:
+            self._lib = ctypes.CDLL(str(path))
+        except OSError as error:
+            raise NativeUnavailable(f"{path.name} can't be loaded: {error}") from error
+        self._lib.chorus_choose.restype = c_char_p
+        chosen = self._lib.chorus_choose(None if isa is None else isa.encode())
+        if chosen is None:
+            raise NativeUnavailable(f"this processor has no {isa}")
+        self.isa = chosen.decode()
+        self._lib.chorus_panel.restype = c_int64
+        self._panel = int(self._lib.chorus_panel())
+        f = self._function
+        pack, linear = (
+            [c_void_p, *[c_int64] * 4, c_void_p],
+            [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, *[c_int64] * 4],
+        )
+        attend = [c_void_p] * 6 + [c_int64] * 4 + [c_float]
+        lora = [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, *[c_int64] * 3]
+        self._pack = {dtype: f(f"pack_{s}", pack) for dtype, s in _SUFFIX.items()}
+        self._linear = {(dtype, dtype): f(f"linear_{s}", linear) for dtype, s in _SUFFIX.items()}
+        self._linear[torch.bfloat16, torch.float32] = f("linear_bf16_f32", linear)
+        self._attend = {dtype: f(f"attend_{s}", attend) for dtype, s in _SUFFIX.items()}
+        self._lora = {dtype: f(f"lora_{s}", lora) for dtype, s in _SUFFIX.items()}
+
+    def supports(self, dtype: torch.dtype) -> bool:
+        """Whether there are kernels of this type."""
+        return dtype in _SUFFIX
+
+    def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+        """Pack `weight` [K, N] (any strides; K even), which may be freed afterwards."""
+        k, n = weight.shape
+        size = -(-n // self._panel) * self._panel * k
+        data = torch.empty(size + _READ_AHEAD // weight.element_size(), dtype=weight.dtype)
+        self._pack[weight.dtype](weight.data_ptr(), *weight.stride(), k, n, data.data_ptr())
+        return PackedLinear(data, None if bias is None else bias.float(), k, n)
+
+    def rows_of(self, w: PackedLinear, columns: torch.Tensor) -> torch.Tensor:
+        """The weight's columns [n] as they were before packing: [n, K]. Of an embedding W^T, its rows."""
+        panel, at = columns // self._panel, columns % self._panel
+        data = w.data[: -(-w.n // self._panel) * self._panel * w.k]
+        if self.isa == "avx512_bf16" and data.dtype == torch.bfloat16:  # pairs along k
+            return data.view(-1, w.k // 2, self._panel, 2)[panel, :, at].flatten(1)
+        return data.view(-1, w.k, self._panel)[panel, :, at]
+
+    def linear(self, x: torch.Tensor, w: PackedLinear, out: torch.Tensor) -> torch.Tensor:
+        """out [M, N] = x [M, K] W + b; out is of x's type, or fp32."""
+        bias = None if w.bias is None else w.bias.data_ptr()
+        self._linear[x.dtype, out.dtype](
+            x.data_ptr(), x.stride(0), w.data.data_ptr(), bias, out.data_ptr(), out.stride(0), x.shape[0], w.k, w.n
+        )
+        return out
+
+    def attend(
+        self, qkv: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor,
+        scale: float, out: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """out [D, H Dh]: qkv [D, 3 H Dh]; keys, values [rows, H, max_len, Dh] contiguous; rows, positions [D] int64."""
+        _, heads, max_len, head_dim = keys.shape
+        self._attend[qkv.dtype](
+            qkv.data_ptr(), keys.data_ptr(), values.data_ptr(), rows.data_ptr(), positions.data_ptr(), out.data_ptr(),
+            qkv.shape[0], heads, head_dim, max_len, scale,
+        )  # fmt: skip
+        return out
+
+    def lora(self, x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ranks: torch.Tensor) -> None:
+        """y [M, N] += each row's (x A^T) B.
+
+        a, b [M] int64: addresses of the row's A [r, K] and B [r, N]; ranks [M] int64, 0 where it has none.
+        """
+        self._lora[x.dtype](
+            x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), a.data_ptr(), b.data_ptr(), ranks.data_ptr(),
+            x.shape[0], x.shape[1], y.shape[1],
+        )  # fmt: skip
+
+    def _function(self, name: str, arguments: Sequence[type]) -> Callable[..., None]:
+        function = getattr(self._lib, f"chorus_{name}")
+        function.argtypes, function.restype = list(arguments), None
+        return function

@@ -1,0 +1,38 @@
+"""The kernels' operations in plain torch: the truth that they are tested against, and what runs where they can't."""
+
+import torch
+import torch.nn.functional as F
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """y [M, N] = x [M, K] W + b, with W [K, N] and b [N]."""
+    return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
+
+
+def attend(
+    qkv: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    rows: torch.Tensor,
+    positions: torch.Tensor,
+    scale: float,
+) -> torch.Tensor:
+    """One token of each of D sequences over its own cache row; its key and value are written there first.
+
+    qkv [D, 3, H, Dh]; keys, values [rows, H, max_len, Dh]; rows, positions [D] int64. Returns [D, H Dh].
+    """
+    q, k, v = qkv.unbind(1)
+    keys[rows, :, positions] = k
+    values[rows, :, positions] = v
+    longest = int(positions.max()) + 1
+    mask = torch.arange(longest, device=qkv.device) <= positions[:, None]  # [D, T]
+    k, v = keys[rows, :, :longest], values[rows, :, :longest]
+    out = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask[:, None, None], scale=scale)
+    return out[:, :, 0].flatten(1)
+
+
+def lora(x: torch.Tensor, y: torch.Tensor, pairs: list[tuple[torch.Tensor, torch.Tensor] | None]) -> None:
+    """y[n] += (x[n] A_n^T) B_n in place: x [M, K], y [M, N], pairs of A [r, K] and B [r, N], None for the base."""
+    for n, pair in enumerate(pairs):
+        if pair is not None:
+            y[n] += (x[n] @ pair[0].T) @ pair[1]

@@ -1,0 +1,112 @@
+"""The C++ kernels against kernels/reference.py, for every instruction set that this processor has."""
+
+import itertools
+
+import pytest
+import torch
+
+from kernels import reference
+from kernels.build import library
+from kernels.native import Native, NativeUnavailable
+
+pytestmark = pytest.mark.skipif(not library().is_file(), reason="no C++ compiler built the kernels")
+DTYPES = (torch.float32, torch.bfloat16)
+# bf16 results are rounded to 8 bits; sums are taken in fp32 in another order than torch's.
+CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
+
+
+@pytest.fixture(params=["plain", "avx2", "avx512", "avx512_bf16"])
+def native(request: pytest.FixtureRequest) -> Native:
+    try:
+        return Native(request.param)
+    except NativeUnavailable as error:
+        pytest.skip(str(error))
+
+
+def rand(*shape: int, dtype: torch.dtype, size: float = 1.0) -> torch.Tensor:
+    return (size * torch.randn(*shape)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear(native: Native, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for k, n, m in itertools.product((2, 34, 256), (1, 63, 64, 200), (1, 2, 5, 6, 7, 13, 40)):
+        weight, bias, x = rand(k, n, dtype=dtype, size=0.2), rand(n, dtype=dtype), rand(m, k, dtype=dtype)
+        packed = native.pack(weight, bias)
+        expected = reference.linear(x.float(), weight.float(), bias.float())
+        torch.testing.assert_close(native.linear(x, packed, torch.empty(m, n)), expected, **CLOSE[dtype])
+        rounded = native.linear(x, packed, torch.empty(m, n, dtype=dtype))
+        torch.testing.assert_close(rounded, expected.to(dtype), **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_of_a_transposed_weight_without_bias_and_its_rows(native: Native, dtype: torch.dtype) -> None:
+    torch.manual_seed(1)
+    embedding, x = rand(131, 32, dtype=dtype), rand(3, 32, dtype=dtype)
+    packed = native.pack(embedding.T, None)
+    expected = reference.linear(x.float(), embedding.float().T, None)
+    torch.testing.assert_close(native.linear(x, packed, torch.empty(3, 131)), expected, **CLOSE[dtype])
+    ids = torch.tensor([0, 130, 64, 7, 7])
+    assert torch.equal(native.rows_of(packed, ids), embedding[ids])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_its_neighbours(native: Native, dtype: torch.dtype) -> None:
+    torch.manual_seed(2)
+    packed = native.pack(rand(64, 100, dtype=dtype), rand(100, dtype=dtype))
+    x = rand(33, 64, dtype=dtype)
+    together = native.linear(x, packed, torch.empty(33, 100, dtype=dtype))
+    for m in (1, 2, 5, 17):
+        assert torch.equal(native.linear(x[:m], packed, torch.empty(m, 100, dtype=dtype)), together[:m])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [8, 16, 20, 64])
+def test_attend(native: Native, dtype: torch.dtype, head_dim: int) -> None:
+    torch.manual_seed(3)
+    heads, max_len, sequences = 3, 70, 5
+    keys, values = (rand(8, heads, max_len, head_dim, dtype=dtype) for _ in "kv")
+    rows, positions = torch.tensor([6, 0, 3, 7, 1]), torch.tensor([0, 1, 15, 69, 33])
+    qkv = rand(sequences, 3, heads, head_dim, dtype=dtype)
+    ours = [keys.clone(), values.clone()]
+    out = torch.empty(sequences, heads * head_dim, dtype=dtype)
+    native.attend(qkv.flatten(1), *ours, rows, positions, 0.3, out)
+    plain = [keys.float(), values.float()]
+    expected = reference.attend(qkv.float(), *plain, rows, positions, 0.3)
+    torch.testing.assert_close(out, expected.to(dtype), **CLOSE[dtype])
+    assert torch.equal(ours[0].float(), plain[0])
+    assert torch.equal(ours[1].float(), plain[1])
+
+
+def test_attend_with_scores_far_apart(native: Native) -> None:
+    """exp of what lies hundreds below the best is 0, never NaN."""
+    keys, values = torch.zeros(1, 1, 40, 8), torch.randn(1, 1, 40, 8)
+    keys[0, 0, :39, 0] = torch.linspace(-1000, 0, 39)
+    qkv = torch.zeros(1, 3, 1, 8)
+    qkv[0, 0, 0, 0] = 1.0
+    args = torch.tensor([0]), torch.tensor([39]), 1.0
+    expected = reference.attend(qkv, keys.clone(), values.clone(), *args)
+    out = native.attend(qkv.flatten(1), keys, values, *args, torch.empty(1, 8))
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("popularity", ["distinct", "one", "mixed"])
+def test_lora(native: Native, dtype: torch.dtype, popularity: str) -> None:
+    torch.manual_seed(4)
+    for k, n, m in itertools.product((16, 65, 256), (16, 130), (1, 3, 32)):
+        ranks = (1, 8, 3, 64)
+        pool = [(rand(r, k, dtype=dtype, size=0.2), rand(r, n, dtype=dtype, size=0.2)) for r in ranks]
+        choice = {
+            "distinct": [i % 4 for i in range(m)],
+            "one": [1] * m,
+            "mixed": [(None, 2, 0, None, 3)[i % 5] for i in range(m)],
+        }
+        pairs = [None if i is None else pool[i] for i in choice[popularity]]
+        x, y = rand(m, k, dtype=dtype), rand(m, n, dtype=dtype)
+        expected = y.float()
+        reference.lora(x.float(), expected, [p and (p[0].float(), p[1].float()) for p in pairs])
+        address = [[0 if p is None else p[side].data_ptr() for p in pairs] for side in (0, 1)]
+        sizes = torch.tensor([0 if p is None else p[0].shape[0] for p in pairs])
+        native.lora(x, y, *map(torch.tensor, address), sizes)
+        torch.testing.assert_close(y, expected.to(dtype), **CLOSE[dtype])
