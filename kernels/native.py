@@ -8,6 +8,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_float, c_int64, c_void_p
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 
@@ -45,8 +46,8 @@ class Native:
             self._lib = ctypes.CDLL(str(path))
         except OSError as error:
             raise NativeUnavailable(f"{path.name} can't be loaded: {error}") from error
-        self._lib.chorus_choose.restype = c_char_p
-        chosen = self._lib.chorus_choose(None if isa is None else isa.encode())
+        self._lib.chorus_use.restype = c_char_p
+        chosen = self._lib.chorus_use(None if isa is None else isa.encode())
         if chosen is None:
             raise NativeUnavailable(f"this processor has no {isa}")
         self.isa = chosen.decode()
@@ -63,6 +64,7 @@ class Native:
         self._linear = {(dtype, dtype): f(f"linear_{s}", linear) for dtype, s in _SUFFIX.items()}
         self._linear[torch.bfloat16, torch.float32] = f("linear_bf16_f32", linear)
         self._attend = {dtype: f(f"attend_{s}", attend) for dtype, s in _SUFFIX.items()}
+        self._choose = f("choose", [c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 7])
         self._lora = {dtype: f(f"lora_{s}", lora) for dtype, s in _SUFFIX.items()}
 
     def supports(self, dtype: torch.dtype) -> bool:
@@ -114,6 +116,22 @@ class Native:
             x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), a.data_ptr(), b.data_ptr(), ranks.data_ptr(),
             x.shape[0], x.shape[1], y.shape[1],
         )  # fmt: skip
+
+    def choose(
+        self, raw: torch.Tensor, scores: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
+        top_p: torch.Tensor, uniform: torch.Tensor, wanted: torch.Tensor,
+    ) -> tuple[list[int], list[float]]:  # fmt: skip
+        """The next token of each row and, where wanted, its log-softmax under the raw row (elsewhere 0).
+
+        raw, scores [S, V] fp32 contiguous; temperature [S] fp32, 0 is greedy; top_k [S] int64, V or more is off;
+        top_p [S] fp32, 1 or more is off; uniform [S] fp64 in [0, 1); wanted [S] int64, 0 or 1.
+        """
+        tokens = torch.empty(len(raw), dtype=torch.int64)
+        logprobs = torch.empty(len(raw), dtype=torch.float64)
+        parts = (raw, scores, temperature, top_k, top_p, uniform, wanted, tokens, logprobs)
+        raw_, scores_, *rest = (part.data_ptr() for part in parts)
+        self._choose(raw_, scores_, raw.shape[0], raw.shape[1], *rest)
+        return cast("list[int]", tokens.tolist()), cast("list[float]", logprobs.tolist())
 
     def _function(self, name: str, arguments: Sequence[type]) -> Callable[..., None]:
         function = getattr(self._lib, f"chorus_{name}")

@@ -36,3 +36,13 @@ def lora(x: torch.Tensor, y: torch.Tensor, pairs: list[tuple[torch.Tensor, torch
     for n, pair in enumerate(pairs):
         if pair is not None:
             y[n] += (x[n] @ pair[0].T) @ pair[1]
+
+
+def kept_probabilities(scores: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    """What temperature, top-k and top-p leave of a row of scores [V]: probabilities [V], 0 where left out."""
+    scores = scores / temperature
+    best = scores.topk(min(top_k, len(scores))).values[-1]
+    probs = scores.masked_fill(scores < best, -torch.inf).softmax(0)
+    ordered, ids = probs.sort(descending=True, stable=True)
+    kept = ordered.masked_fill(ordered.cumsum(0) - ordered >= top_p, 0.0)
+    return torch.zeros_like(probs).scatter(0, ids, kept / kept.sum())

@@ -10,8 +10,8 @@ extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
 
 static const Kernels* chosen = &kernels_plain;
 
-// Chooses the best instruction set that the processor has, or the named one if it has it; its name, or null.
-API const char* chorus_choose(const char* wanted) {
+// Uses the best instruction set that the processor has, or the named one if it has it; its name, or null.
+API const char* chorus_use(const char* wanted) {
   const char* name = "plain";
   auto offer = [&](const char* isa, const Kernels* kernels, bool has) {
     if (has && (wanted == nullptr || std::strcmp(wanted, isa) == 0)) {
@@ -63,3 +63,7 @@ ATTEND(f32, float)
 ATTEND(bf16, bf16)
 LORA(f32, float)
 LORA(bf16, bf16)
+EXPORT(choose,
+       (const float* raw, const float* scores, int64_t S, int64_t V, const float* t, const int64_t* k, const float* p,
+        const double* u, const int64_t* wanted, int64_t* tokens, double* logprobs),
+       (raw, scores, S, V, t, k, p, u, wanted, tokens, logprobs))

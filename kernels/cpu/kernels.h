@@ -1,9 +1,11 @@
 // What every instruction set offers. All matrices are row-major; ld* are strides between rows, in elements.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <vector>
 
 struct bf16 {
   uint16_t bits;
@@ -37,6 +39,10 @@ template <typename T>
 using Lora = void (*)(const T* x, int64_t ldx, T* y, int64_t ldy, const T* const* a, const T* const* b,
                       const int64_t* ranks, int64_t M, int64_t K, int64_t N);
 
+using Choose = void (*)(const float* raw, const float* scores, int64_t S, int64_t V, const float* temperature,
+                        const int64_t* top_k, const float* top_p, const double* uniform, const int64_t* wanted,
+                        int64_t* tokens, double* logprobs);
+
 struct Kernels {
   int64_t panel;
   Pack<float> pack_f32;
@@ -48,6 +54,7 @@ struct Kernels {
   Attend<bf16> attend_bf16;
   Lora<float> lora_f32;
   Lora<bf16> lora_bf16;
+  Choose choose;
 };
 
 #define KERNELS_OF(isa) kernels_##isa

@@ -51,7 +51,7 @@ class ModelRunner:
             if request.sampling_params.repetition_penalty != 1.0:
                 seen = [*request.prompt_token_ids, *sequence.output_ids]
             rows.append(SamplingRow(request.sampling_params, seen, len(sequence.output_ids)))
-        return sample(logits, rows)
+        return sample(logits, rows, self._model.backend.native)
 
     def _adapter(self, item: ScheduledSequence) -> Adapter | None:
         ref = item.sequence.request.adapter

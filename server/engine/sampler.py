@@ -1,8 +1,9 @@
 """Chooses each row's next token. Rows are independent: a request's tokens don't depend on who else is in the batch.
 
-Processing follows `transformers`: repetition penalty, temperature, top-k, top-p. The vocabulary is never sorted:
-top-k and top-p work on the top candidates, and top-p takes more of them until they hold its mass. Each request has its
-own random stream, one uniform number per token from its seed and the token's index.
+Processing follows `transformers`: repetition penalty, temperature, top-k, top-p. The vocabulary is never sorted: our
+CPU kernel finds the limits with a histogram; torch works on the top candidates, and takes more of them until they hold
+top-p's mass. Each request has its own random stream, one uniform number per token from its seed and the token's index;
+it draws from the tokens that are left in order of id.
 """
 
 import math
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kernels.native import Native
 from server.engine.types import SamplingParams
 
 _FIRST_CANDIDATES = 64
@@ -35,8 +37,10 @@ class Sampled:
     logprobs: list[float]
 
 
-def sample(logits: torch.Tensor, rows: Seq[SamplingRow]) -> Sampled:
-    """Choose a token for each row. logits [S, V] fp32, not changed."""
+def sample(logits: torch.Tensor, rows: Seq[SamplingRow], native: Native | None = None) -> Sampled:
+    """Choose a token for each row, with our CPU kernel if given. logits [S, V] fp32 contiguous, not changed."""
+    if native is not None:
+        return _sample_natively(native, logits, rows)
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     scores = penalise(logits, rows)
     greedy = [i for i, row in enumerate(rows) if row.params.temperature == 0]
@@ -49,6 +53,8 @@ def sample(logits: torch.Tensor, rows: Seq[SamplingRow]) -> Sampled:
         tokens[full] = _pick(probs, [rows[i] for i in full])
     if filtered:
         ids, probs = candidates(_scaled(scores, rows, filtered), [rows[i].params for i in filtered])
+        ids, by_id = ids.sort(-1)  # tokens are drawn in order of id, filtered or not
+        probs = probs.gather(1, by_id)
         picked = _pick(probs, [rows[i] for i in filtered])
         tokens[filtered] = ids.gather(1, picked[:, None])[:, 0]
     logprobs = torch.zeros(len(rows), device=logits.device)
@@ -59,6 +65,20 @@ def sample(logits: torch.Tensor, rows: Seq[SamplingRow]) -> Sampled:
     # One copy to the host; a float64 holds every token id exactly.
     packed = torch.stack([tokens.double(), logprobs.double()]).cpu().numpy()
     return Sampled([int(t) for t in packed[0]], [float(p) for p in packed[1]])
+
+
+def _sample_natively(native: Native, logits: torch.Tensor, rows: Seq[SamplingRow]) -> Sampled:
+    vocab, params = logits.shape[-1], [row.params for row in rows]
+    tokens, logprobs = native.choose(
+        logits,
+        penalise(logits, rows),
+        torch.tensor([max(p.temperature, _COLDEST) if p.temperature else 0.0 for p in params]),
+        torch.tensor([p.top_k or vocab for p in params]),
+        torch.tensor([p.top_p for p in params]),
+        torch.tensor([uniform(row.params.seed, row.index) for row in rows], dtype=torch.float64),
+        torch.tensor([int(p.logprobs) for p in params]),
+    )
+    return Sampled(tokens, logprobs)
 
 
 def penalise(logits: torch.Tensor, rows: Seq[SamplingRow]) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """The sampler against transformers' logits processors: what is kept, how probable it is, and that draws follow it."""
 
 import math
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,8 +17,25 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from server.engine.sampler import Sampled, SamplingRow, candidates, penalise, sample, uniform
+from kernels.build import library
+from kernels.native import Native
+from server.engine import sampler
+from server.engine.sampler import Sampled, SamplingRow, candidates, penalise, uniform
 from server.engine.types import SamplingParams
+
+BACKENDS = [None, *([Native()] if library().is_file() else [])]
+_native: Native | None = None
+
+
+@pytest.fixture(autouse=True, params=BACKENDS, ids=lambda backend: "kernels" if backend else "torch")
+def _backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds with torch and with our kernel."""
+    monkeypatch.setattr(sys.modules[__name__], "_native", request.param)
+
+
+def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Sampled:
+    return sampler.sample(logits.contiguous(), rows, _native)
+
 
 VOCAB = 700  # more than the candidates that are looked at first
 

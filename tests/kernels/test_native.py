@@ -110,3 +110,42 @@ def test_lora(native: Native, dtype: torch.dtype, popularity: str) -> None:
         sizes = torch.tensor([0 if p is None else p[0].shape[0] for p in pairs])
         native.lora(x, y, *map(torch.tensor, address), sizes)
         torch.testing.assert_close(y, expected.to(dtype), **CLOSE[dtype])
+
+
+def choose(native: Native, logits: torch.Tensor, **settings: float) -> list[int]:
+    """Tokens of equal rows under uniform numbers spread evenly over [0, 1)."""
+    n = len(logits)
+    full = {"temperature": 1.0, "top_k": float(logits.shape[1]), "top_p": 1.0} | settings
+    return native.choose(
+        logits, logits, torch.full((n,), full["temperature"]), torch.full((n,), int(full["top_k"])),
+        torch.full((n,), full["top_p"]), (torch.arange(n, dtype=torch.float64) + 0.5) / n,
+        torch.zeros(n, dtype=torch.int64),
+    )[0]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"top_p": 0.9}, {"top_k": 20}, {"top_k": 50, "top_p": 0.7}, {"temperature": 0.5}]
+)
+def test_choose_draws_each_token_as_often_as_it_is_probable(native: Native, settings: dict[str, float]) -> None:
+    """Evenly spread uniform numbers through the inverse of the distribution: counts are right to one."""
+    torch.manual_seed(5)
+    vocab, n = 203, 4001
+    row = 2 * torch.randn(vocab)
+    probs = reference.kept_probabilities(
+        row, settings.get("temperature", 1.0), int(settings.get("top_k", vocab)), settings.get("top_p", 1.0)
+    )
+    counts = torch.tensor(choose(native, row.repeat(n, 1), **settings)).bincount(minlength=vocab)
+    assert (counts - n * probs).abs().max() <= 1.5
+    assert counts[probs == 0].sum() == 0
+
+
+def test_choose_survives_what_is_not_finite(native: Native) -> None:
+    """A diverged adapter's logits give some token, and harm nobody else's."""
+    for value in (float("nan"), float("inf"), float("-inf")):
+        logits = torch.randn(3, 101)
+        logits[1] = value
+        for settings in ({}, {"top_p": 0.5}, {"top_k": 3}, {"temperature": 0.0}):
+            tokens = choose(native, logits, **settings)
+            assert all(0 <= token < 101 for token in tokens)
+            alone = choose(native, torch.stack([logits[0], logits[0], logits[2]]), **settings)
+            assert (tokens[0], tokens[2]) == (alone[0], alone[2])
