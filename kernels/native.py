@@ -8,7 +8,6 @@ import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_float, c_int64, c_void_p
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 
@@ -131,7 +130,7 @@ class Native:
         parts = (raw, scores, temperature, top_k, top_p, uniform, wanted, tokens, logprobs)
         raw_, scores_, *rest = (part.data_ptr() for part in parts)
         self._choose(raw_, scores_, raw.shape[0], raw.shape[1], *rest)
-        return cast("list[int]", tokens.tolist()), cast("list[float]", logprobs.tolist())
+        return [int(t) for t in tokens.numpy()], [float(p) for p in logprobs.numpy()]
 
     def _function(self, name: str, arguments: Sequence[type]) -> Callable[..., None]:
         function = getattr(self._lib, f"chorus_{name}")
