@@ -17,40 +17,71 @@ struct Weighed {
 
 struct Scratch {
   std::vector<float> w;
+  std::vector<int32_t> ids;  // of the tokens that are heavy enough to be looked at
   std::vector<Weighed> bucket;
-  double mass[BUCKETS];
-  int64_t count[BUCKETS];
+  std::vector<float> maxima;
+  double mass[2][BUCKETS];  // two of each: neighbours often fall into the same bucket and would wait for each other
+  int32_t count[2][BUCKETS];
 
-  // Keeps the tokens of largest w, in order of w and then id, up to `most` of them and until they hold `enough`; zeroes
-  // the others. The first is always kept.
-  void keep(int64_t V, int64_t most, double enough) {
+  // Keeps the tokens of largest w, in order of w and then id, up to `most` of them and until they hold `enough` of `all`;
+  // zeroes the others. The first is always kept.
+  void keep(int64_t V, int64_t most, double enough, double all) {
+    float light = most < V ? lower_bound(V, most) : (float)((all - enough) / V * 0.999);
+    ids.resize(V + 1);
+    int64_t n = 0;
+    for (int64_t i = 0; i < V; i++) {
+      ids[n] = (int32_t)i;
+      n += w[i] >= light;
+    }
     std::memset(mass, 0, sizeof mass);
     std::memset(count, 0, sizeof count);
-    for (int64_t i = 0; i < V; i++) {
-      int b = bucket_of(w[i]);
-      mass[b] += w[i];
-      count[b]++;
+    for (int64_t i = 0; i < n; i++) {
+      int b = bucket_of(w[ids[i]]);
+      mass[i % 2][b] += w[ids[i]];
+      count[i % 2][b]++;
     }
     int b = BUCKETS - 1;
     double held = 0;
-    for (; b > 0 && most > count[b] && held + mass[b] < enough; b--) {
-      most -= count[b];
-      held += mass[b];
+    for (; b > 0; b--) {
+      int64_t tokens = count[0][b] + count[1][b];
+      double holds = mass[0][b] + mass[1][b];
+      if (most <= tokens || held + holds >= enough) break;
+      most -= tokens;
+      held += holds;
     }
     bucket.clear();
-    for (int64_t i = 0; i < V; i++) {
-      int of = bucket_of(w[i]);
-      if (of == b) bucket.push_back({w[i], i});
-      if (of <= b) w[i] = 0;
-    }
+    for (int64_t i = 0; i < n; i++)
+      if (bucket_of(w[ids[i]]) == b) bucket.push_back({w[ids[i]], ids[i]});
     std::sort(bucket.begin(), bucket.end(),
               [](const Weighed& x, const Weighed& y) { return x.w > y.w || (x.w == y.w && x.id < y.id); });
+    int32_t first_bits = (b + 1) << 19;  // the smallest w of the next bucket
+    float above;
+    std::memcpy(&above, &first_bits, 4);
+    for (int64_t i = 0; i < V; i += VL) {
+      vec v = load(w.data() + i);
+      store(w.data() + i, v >= above ? v : vec{});
+    }
     // What equals the last that top-k lets in is let in too, as transformers does; top-p cuts between equals.
     for (size_t i = 0; i < bucket.size() && held < enough; i++, most--) {
       if (most <= 0 && bucket[i].w < bucket[i - 1].w) break;
       w[bucket[i].id] = bucket[i].w;
       held += bucket[i].w;
     }
+  }
+
+  // At least `most` tokens weigh as much as this: the most-th largest of the maxima of blocks, 0 if there are fewer blocks.
+  float lower_bound(int64_t V, int64_t most) {
+    maxima.clear();
+    for (int64_t i = 0; i + 2 * VL <= V; i += 2 * VL) {
+      vec x = load(w.data() + i), y = load(w.data() + i + VL);
+      vec top = x > y ? x : y;
+      float m = top[0];
+      for (int j = 1; j < VL; j++) m = top[j] > m ? top[j] : m;
+      maxima.push_back(m);
+    }
+    if (most > (int64_t)maxima.size()) return 0;
+    std::nth_element(maxima.begin(), maxima.begin() + most - 1, maxima.end(), std::greater<float>());
+    return maxima[most - 1];
   }
 };
 
@@ -123,11 +154,11 @@ static void choose(const float* raw, const float* scores, int64_t S, int64_t V, 
     } else {
       double all = weigh(x, V, temperature[r], w);
       if (top_k[r] < V) {
-        scratch.keep(V, top_k[r], INFINITY);
+        scratch.keep(V, top_k[r], INFINITY, all);
         all = total(w, V);
       }
       if (top_p[r] < 1) {
-        scratch.keep(V, V, top_p[r] * all);
+        scratch.keep(V, V, top_p[r] * all, all);
         all = total(w, V);
       }
       token = draw(w, V, uniform[r] * all);

@@ -1,0 +1,105 @@
+"""What every benchmark shares: models and adapters at gpt2-medium's sizes, alternating runs, rows of results."""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from adapters.adapter import Adapter, AdapterRef, LoraPair, ModuleKey
+from adapters.residency import Residency
+from server.engine.config import EngineConfig
+from server.engine.engine import Engine
+from server.engine.kv_cache import KVCache
+from server.engine.model_runner import ModelRunner
+from server.model.backend import choose_backend
+from server.model.config import GPT2Config
+from server.model.gpt2 import GPT2
+from server.model.loader import build_model, expected_shapes, load_model
+
+MEDIUM = {"n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 1024}
+RANK = 8
+TARGETS = ("attn.c_attn", "attn.c_proj")
+CPU = torch.device("cpu")
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Flags that every benchmark has."""
+    p = argparse.ArgumentParser(description=description)
+    p.add_argument("--model", type=Path, help="a checkpoint directory instead of random weights at gpt2-medium's sizes")
+    p.add_argument("--repeats", type=int, default=3, help="runs of each variant, alternated")
+    p.add_argument("--json", action="store_true", help="one JSON line a row")
+    return p
+
+
+def make_model(folder: Path | None, dtype: torch.dtype, kernels: str = "auto") -> GPT2:
+    """The checkpoint in `folder`, or random weights at gpt2-medium's sizes; on the CPU."""
+    if folder is not None:
+        return load_model(folder, CPU, dtype, kernels)
+    config = GPT2Config.parse(MEDIUM)
+    shapes = expected_shapes(config)
+    torch.manual_seed(0)
+    backend = choose_backend(CPU, dtype, kernels)
+    return build_model(config, backend, lambda name: torch.randn(shapes[name]).mul_(0.02).to(dtype))
+
+
+def make_adapter(ref: AdapterRef, model: GPT2, rank: int = RANK) -> Adapter:
+    """Random weights on c_attn and attn.c_proj; the rank is the digest's suffix `@r`, if it has one."""
+    rank = int(ref.digest.partition("@")[2] or rank)
+    shape, pairs = model.config.adapter_shape, {}
+    for layer in range(shape.n_layer):
+        for target in TARGETS:
+            n_in, n_out = shape.in_out(target)
+            a, b = (0.02 * torch.randn(rank, n).to(model.dtype) for n in (n_in, n_out))
+            pairs[ModuleKey(layer, target)] = LoraPair(a, b)
+    return Adapter(ref.digest, pairs)
+
+
+def make_engine(model: GPT2, batch: int, max_len: int, resident: int | None = None) -> Engine:
+    """The engine alone over `model`, its adapters random."""
+    resident = max(resident or 0, 2 * batch)
+    residency = Residency(lambda ref: make_adapter(ref, model), resident)
+    kv_cache = KVCache(model.config, batch, max_len, CPU, model.dtype)
+    config = EngineConfig(batch, max_len, max(512, batch), resident)
+    return Engine(config, ModelRunner(model, kv_cache, residency), residency, None, [])
+
+
+def alternate(variants: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+    """Run the variants in turn, `repeats` times; what each gave."""
+    results: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(repeats):
+        for name, run in variants.items():
+            results[name].append(run())
+    return results
+
+
+def median(values: list[float]) -> float:
+    """The median, to four digits."""
+    return float(f"{statistics.median(values):.4g}")
+
+
+def hardware() -> dict[str, Any]:
+    """Machine, versions and commit, for a row."""
+    names = [line.split(":")[1].strip() for line in _cpuinfo() if line.startswith("model name")]
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return {
+        "cpu": names[0] if names else platform.machine(), "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+        "commit": commit.stdout.strip() or "unknown",
+    }  # fmt: skip
+
+
+def emit(row: dict[str, Any], as_json: bool) -> None:
+    """Print a row: a JSON line with the hardware, or `key value` pairs."""
+    print(json.dumps(row | hardware()) if as_json else "  ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+
+
+def _cpuinfo() -> list[str]:
+    path = Path("/proc/cpuinfo")
+    return path.read_text().splitlines() if path.exists() else []

@@ -1,0 +1,100 @@
+"""A mixed batch on PEFT and on our engine, alternated: `python -m benchmarks.peft [--json]`.
+
+The same work on both sides: gpt2-medium's sizes (random weights), fp32, 32 prompts of 32 tokens, 16 greedy tokens each
+without stopping, rank 8 on c_attn and attn.c_proj. PEFT in two ways: one `generate` with `adapter_names`, and
+`set_adapter` with one `generate` for each adapter's rows.
+"""
+
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from adapters.adapter import AdapterRef
+from benchmarks.common import MEDIUM, RANK, alternate, emit, make_engine, make_model, median, parser
+from server.engine.engine import Engine
+from server.engine.types import Request, SamplingParams
+
+BATCH, PROMPT, TOKENS = 32, 32, 16
+
+
+def peft_model(adapters: int) -> Any:
+    """PEFT on transformers' GPT-2, with `adapters` adapters of random weights named a0, a1, ..."""
+    model: Any = GPT2LMHeadModel(GPT2Config.from_dict(MEDIUM)).eval()
+    config = LoraConfig(
+        r=RANK, target_modules=["c_attn", "attn.c_proj"], fan_in_fan_out=True, init_lora_weights=False,
+        task_type="CAUSAL_LM",
+    )  # fmt: skip
+    model = get_peft_model(model, config, adapter_name="a0")
+    for i in range(1, adapters):
+        model.add_adapter(f"a{i}", config)
+    return model.eval()
+
+
+@torch.inference_mode()
+def peft_mixed(model: Any, prompts: torch.Tensor, names: list[str]) -> float:
+    """Seconds of one `generate` with `adapter_names`."""
+    start = time.perf_counter()
+    _generate(model, prompts, adapter_names=names)
+    return time.perf_counter() - start
+
+
+@torch.inference_mode()
+def peft_grouped(model: Any, prompts: torch.Tensor, names: list[str]) -> float:
+    """Seconds of one `generate` for each adapter."""
+    start = time.perf_counter()
+    for name in sorted(set(names)):
+        model.set_adapter(name)
+        _generate(model, prompts[[i for i, n in enumerate(names) if n == name]])
+    return time.perf_counter() - start
+
+
+def ours(engine: Engine, prompts: torch.Tensor, names: list[str]) -> float:
+    """Seconds until the engine has finished all of them; adapters are resident after the first time."""
+    start = time.perf_counter()
+    for i, (prompt, name) in enumerate(zip(prompts.tolist(), names, strict=True)):
+        engine.add_request(
+            Request(f"{start}-{i}", tuple(prompt), SamplingParams(max_tokens=TOKENS), AdapterRef(name, name, ""))
+        )
+    while engine.has_work:
+        engine.step()
+    return time.perf_counter() - start
+
+
+def _generate(model: Any, prompts: torch.Tensor, **more: Any) -> None:
+    model.generate(
+        input_ids=prompts, attention_mask=torch.ones_like(prompts), do_sample=False, min_new_tokens=TOKENS,
+        max_new_tokens=TOKENS, pad_token_id=0, **more,
+    )  # fmt: skip
+
+
+def main() -> None:
+    p = parser(__doc__ or "")
+    p.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 32])
+    args = p.parse_args()
+    engine = make_engine(make_model(None, torch.float32), BATCH, PROMPT + TOKENS + 1)
+    prompts = torch.randint(0, 50257, (BATCH, PROMPT))
+    for count in args.adapters:
+        model = peft_model(count)
+        names = [f"a{i % count}" for i in range(BATCH)]
+        ours(engine, prompts, names)  # loads the adapters
+        variants: dict[str, Callable[[], float]] = {
+            "chorus": partial(ours, engine, prompts, names),
+            "peft_mixed": partial(peft_mixed, model, prompts, names),
+            "peft_grouped": partial(peft_grouped, model, prompts, names),
+        }
+        times = alternate(variants, args.repeats)
+        for name in variants:
+            seconds = median(times[name])
+            row = {"benchmark": "peft", "dtype": "float32", "batch": BATCH, "adapters": count, "system": name}
+            row |= {"seconds": seconds, "tokens_per_second": round(BATCH * TOKENS / seconds, 1)}
+            emit(row | {"to_chorus": round(seconds / median(times["chorus"]), 2)}, args.json)
+    engine.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Time to take in a prompt, alone and beside running streams: `python -m benchmarks.prefill [--json]`.
+
+Prompts of 128 and 896 tokens in steps of at most 512; `stall` is the longest step of 8 running streams meanwhile.
+"""
+
+import time
+from functools import partial
+
+import torch
+
+from benchmarks.common import alternate, emit, make_engine, make_model, median, parser
+from server.engine.types import Request, SamplingParams
+from server.model.gpt2 import GPT2
+
+
+def first_token(model: GPT2, length: int, streams: int) -> tuple[float, float]:
+    """Milliseconds until the prompt's first token, and of the longest step until then."""
+    engine = make_engine(model, streams + 1, 1000)
+    for i in range(streams):
+        engine.add_request(Request(f"s{i}", (i + 1,) * 32, SamplingParams(max_tokens=60), stream=True))
+    for _ in range(4 if streams else 0):
+        engine.step()
+    prompt = torch.randint(0, model.config.vocab_size, (length,)).tolist()
+    engine.add_request(Request("prompt", tuple(prompt), SamplingParams(max_tokens=1), stream=True))
+    start, longest = time.perf_counter(), 0.0
+    while True:
+        begin = time.perf_counter()
+        outputs = engine.step().outputs
+        longest = max(longest, time.perf_counter() - begin)
+        if any(output.request_id == "prompt" for output in outputs):
+            break
+    engine.close()
+    return 1000 * (time.perf_counter() - start), 1000 * longest
+
+
+def main() -> None:
+    p = parser(__doc__ or "")
+    p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    args = p.parse_args()
+    model = make_model(args.model, getattr(torch, args.dtype))
+    for length in (128, 896):
+        stalls: dict[str, list[float]] = {}
+
+        def run(streams: int, length: int = length, stalls: dict[str, list[float]] = stalls) -> float:
+            total, longest = first_token(model, length, streams)
+            stalls.setdefault(str(streams), []).append(longest)
+            return total
+
+        times = alternate({str(n): partial(run, n) for n in (0, 8)}, args.repeats)
+        for streams, values in times.items():
+            row = {"benchmark": "prefill", "dtype": args.dtype, "prompt": length, "streams": int(streams)}
+            row |= {
+                "ms_to_first_token": median(values),
+                "prompt_tokens_per_second": round(1000 * length / median(values)),
+            }
+            emit(row | {"stall_ms": median(stalls[streams])}, args.json)
+
+
+if __name__ == "__main__":
+    main()
