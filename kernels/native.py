@@ -35,7 +35,7 @@ class Native:
     """The kernels of one instruction set."""
 
     def __init__(self, isa: str | None = None) -> None:
-        """`isa`: avx512_bf16, avx512, avx2 or plain; if None the best there is. Raises NativeUnavailable."""
+        """`isa`: avx512, avx2 or plain; if None the best there is. Raises NativeUnavailable."""
         path = library()
         if not path.is_file():
             raise NativeUnavailable(
@@ -82,7 +82,7 @@ class Native:
         """The weight's columns [n] as they were before packing: [n, K]. Of an embedding W^T, its rows."""
         panel, at = columns // self._panel, columns % self._panel
         data = w.data[: -(-w.n // self._panel) * self._panel * w.k]
-        if self.isa == "avx512_bf16" and data.dtype == torch.bfloat16:  # pairs along k
+        if data.dtype == torch.bfloat16:  # pairs along k
             return data.view(-1, w.k // 2, self._panel, 2)[panel, :, at].flatten(1)
         return data.view(-1, w.k, self._panel)[panel, :, at]
 

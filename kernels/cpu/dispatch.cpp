@@ -3,7 +3,7 @@
 
 extern const Kernels kernels_plain;
 #ifdef __x86_64__
-extern const Kernels kernels_avx2, kernels_avx512, kernels_avx512_bf16;
+extern const Kernels kernels_avx2, kernels_avx512;
 #endif
 
 #define API extern "C" __attribute__((visibility("default")))
@@ -25,7 +25,6 @@ API const char* chorus_use(const char* wanted) {
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   offer("avx2", &kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
   offer("avx512", &kernels_avx512, avx512);
-  offer("avx512_bf16", &kernels_avx512_bf16, avx512 && __builtin_cpu_supports("avx512bf16"));
 #endif
   return wanted == nullptr || std::strcmp(wanted, name) == 0 ? name : nullptr;
 }

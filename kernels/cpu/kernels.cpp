@@ -1,11 +1,8 @@
 #include "kernels.h"
-#ifdef BF16_DOT
-#include <immintrin.h>
-#endif
 
-// Compiled once for each instruction set: ISA names it, VL floats make a vector, BF16_DOT says whether it multiplies pairs
-// of bf16. Sums over k run in one fixed order whatever the number of rows, so that a row's result
-// doesn't depend on its neighbours. kernels/reference.py holds the same operations in torch.
+// Compiled once for each instruction set: ISA names it, VL floats make a vector. Sums over k run in one fixed order whatever
+// the number of rows, so that a row's result doesn't depend on its neighbours. kernels/reference.py holds the same
+// operations in torch.
 
 namespace {
 
@@ -17,16 +14,10 @@ constexpr int MR = 6;                 // rows of a tile: MR * NV sums stay in re
 constexpr int MAX_RANK = 512;
 
 // ---- y = x W + b ----------------------------------------------------------------------------------------------------
-// Packed W: panels of NR columns, each [K][NR]; with BF16_DOT a bf16 panel is [K/2][NR][2], K even.
+// Packed W: panels of NR columns, each [K][NR]; in bf16 [K/2][NR][2], K even, so that one load holds a vector of two k.
 
 template <typename T>
-constexpr bool paired() {
-#ifdef BF16_DOT
-  return sizeof(T) == 2;
-#else
-  return false;
-#endif
-}
+constexpr bool paired = sizeof(T) == 2;
 
 template <typename T>
 static void pack(const T* w, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, T* out) {
@@ -36,38 +27,34 @@ static void pack(const T* w, int64_t stride_k, int64_t stride_n, int64_t K, int6
     for (int64_t k = 0; k < K; k++)
       for (int64_t j = 0; j < NR; j++) {
         int64_t n = p * NR + j;
-        int64_t at = paired<T>() ? (k / 2 * NR + j) * 2 + k % 2 : k * NR + j;
+        int64_t at = paired<T> ? (k / 2 * NR + j) * 2 + k % 2 : k * NR + j;
         out[p * K * NR + at] = n < N ? w[k * stride_k + n * stride_n] : T{};
       }
 }
 
 // R rows of one panel. While it computes it fetches `ahead` lines a step of what comes after, from `next` on.
 template <int R, typename T, typename Y>
-static void tile(const T* x, int64_t ldx, const T* panel, const float* bias, Y* y, int64_t ldy, int64_t K, int64_t cols,
-                 const char* next, int ahead) {
+static void tile(const float* x, int64_t ldx, const T* panel, const float* bias, Y* y, int64_t ldy, int64_t K,
+                 int64_t cols, const char* next, int ahead) {
   vec acc[R][NV];
   for (int r = 0; r < R; r++)
     for (int v = 0; v < NV; v++) acc[r][v] = vec{};
-  constexpr int step = paired<T>() ? 2 : 1;
+  constexpr int step = paired<T> ? 2 : 1;
   for (int64_t k = 0; k < K; k += step) {
     for (int i = 0; i < ahead; i++, next += 64) __builtin_prefetch(next, 0, 2);
-#ifdef BF16_DOT
-    if constexpr (paired<T>()) {
-      __m512bh w[NV];
-      for (int v = 0; v < NV; v++) w[v] = (__m512bh)_mm512_loadu_si512(panel + k * NR + v * 2 * VL);
-      for (int r = 0; r < R; r++) {
-        __m512bh s = (__m512bh)_mm512_set1_epi32(*(const unaligned_int*)(x + r * ldx + k));
-        for (int v = 0; v < NV; v++) acc[r][v] = (vec)_mm512_dpbf16_ps((__m512)acc[r][v], s, w[v]);
+    vec w[step][NV];
+    for (int v = 0; v < NV; v++) {
+      if constexpr (paired<T>) {
+        ivec two = *(const ivec*)(panel + k * NR + v * 2 * VL);
+        w[0][v] = (vec)(two << 16);
+        w[1][v] = (vec)(two & -65536);
+      } else {
+        w[0][v] = load(panel + k * NR + v * VL);
       }
-      continue;
     }
-#endif
-    vec w[NV];
-    for (int v = 0; v < NV; v++) w[v] = load(panel + k * NR + v * VL);
-    for (int r = 0; r < R; r++) {
-      float s = to_float(x[r * ldx + k]);
-      for (int v = 0; v < NV; v++) acc[r][v] += s * w[v];
-    }
+    for (int i = 0; i < step; i++)
+      for (int r = 0; r < R; r++)
+        for (int v = 0; v < NV; v++) acc[r][v] += x[r * ldx + k + i] * w[i][v];
   }
   for (int r = 0; r < R; r++) {
     Y* row = y + r * ldy;
@@ -81,12 +68,23 @@ static void tile(const T* x, int64_t ldx, const T* panel, const float* bias, Y* 
   }
 }
 
+static const float* widened(const float* x, int64_t, int64_t, int64_t, std::vector<float>&) { return x; }
+static const float* widened(const bf16* x, int64_t ldx, int64_t M, int64_t K, std::vector<float>& wide) {
+  wide.resize(M * K);
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t k = 0; k < K; k++) wide[m * K + k] = to_float(x[m * ldx + k]);
+  return wide.data();
+}
+
 // x [M, K], packed W of N columns, bias [N] or null, y [M, N]
 template <typename T, typename Y>
 static void linear(const T* x, int64_t ldx, const T* packed, const float* bias, Y* y, int64_t ldy, int64_t M, int64_t K,
                    int64_t N) {
+  static thread_local std::vector<float> wide;
+  const float* xf = widened(x, ldx, M, K, wide);
+  if (paired<T>) ldx = K;
   int64_t panels = (N + NR - 1) / NR, tiles = (M + MR - 1) / MR, bytes = K * NR * (int64_t)sizeof(T);
-  int64_t steps = tiles * (paired<T>() ? K / 2 : K);
+  int64_t steps = tiles * (paired<T> ? K / 2 : K);
   // The first tile of a panel reads it from memory; the others fetch the next panel meanwhile.
   int ahead = tiles > 1 ? (int)((bytes / 64 + steps - 1) / steps) : 0;
 #pragma omp parallel for schedule(static)
@@ -97,7 +95,7 @@ static void linear(const T* x, int64_t ldx, const T* packed, const float* bias, 
     int64_t cols = N - p * NR < NR ? N - p * NR : NR;
     for (int64_t t = 0, row = 0; t < tiles; t++) {
       int64_t rows = (M - row + tiles - t - 1) / (tiles - t);  // tiles of like height
-      const T* xr = x + row * ldx;
+      const float* xr = xf + row * ldx;
       Y* yr = y + row * ldy + p * NR;
       const char* part = next + t * (bytes / tiles);
       switch (rows) {

@@ -15,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
 
 
-@pytest.fixture(params=["plain", "avx2", "avx512", "avx512_bf16"])
+@pytest.fixture(params=["plain", "avx2", "avx512"])
 def native(request: pytest.FixtureRequest) -> Native:
     try:
         return Native(request.param)
