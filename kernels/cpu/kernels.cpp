@@ -71,8 +71,11 @@ static void tile(const float* x, int64_t ldx, const T* panel, const float* bias,
 static const float* widened(const float* x, int64_t, int64_t, int64_t, std::vector<float>&) { return x; }
 static const float* widened(const bf16* x, int64_t ldx, int64_t M, int64_t K, std::vector<float>& wide) {
   wide.resize(M * K);
-  for (int64_t m = 0; m < M; m++)
-    for (int64_t k = 0; k < K; k++) wide[m * K + k] = to_float(x[m * ldx + k]);
+  for (int64_t m = 0; m < M; m++) {
+    int64_t k = 0;
+    for (; k + VL <= K; k += VL) store(wide.data() + m * K + k, load(x + m * ldx + k));
+    for (; k < K; k++) wide[m * K + k] = to_float(x[m * ldx + k]);
+  }
   return wide.data();
 }
 
@@ -171,8 +174,10 @@ static void lora(const T* x, int64_t ldx, T* y, int64_t ldy, const T* const* a, 
                  int64_t M, int64_t K, int64_t N) {
 #pragma omp parallel for schedule(static)
   for (int64_t n = 0; n < M; n++) {
+    if (ranks[n] == 0) continue;
     float xa[MAX_RANK];
-    const T* row = x + n * ldx;
+    static thread_local std::vector<float> wide;
+    const float* row = widened(x + n * ldx, ldx, 1, K, wide);
     for (int64_t j = 0; j < ranks[n]; j++) {
       const T* aj = a[n] + j * K;
       vec s0{}, s1{}, s2{}, s3{};
@@ -184,10 +189,9 @@ static void lora(const T* x, int64_t ldx, T* y, int64_t ldy, const T* const* a, 
         s3 += load(row + k + 3 * VL) * load(aj + k + 3 * VL);
       }
       float rest = 0;
-      for (; k < K; k++) rest += to_float(row[k]) * to_float(aj[k]);
+      for (; k < K; k++) rest += row[k] * to_float(aj[k]);
       xa[j] = sum((s0 + s1) + (s2 + s3)) + rest;
     }
-    if (ranks[n] == 0) continue;
     T* out = y + n * ldy;
     int64_t c = 0;
     for (; c + 4 * VL <= N; c += 4 * VL) {
