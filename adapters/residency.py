@@ -41,9 +41,9 @@ class Residency:
         self._load = load
         self._slots = SlotTable(capacity)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="adapter-load")
-        self._loading: dict[str, Future[tuple[Adapter, float]]] = {}
+        self._loading: dict[str, tuple[Future[tuple[Adapter, float]], str]] = {}  # digest -> (load, path)
         self._ready: dict[str, Adapter] = {}
-        self._errors: dict[str, tuple[AdapterError, float]] = {}  # digest -> (why, when)
+        self._errors: dict[str, tuple[AdapterError, float, str]] = {}  # digest -> (why, when, path)
         self.stats = ResidencyStats()
 
     @property
@@ -61,13 +61,13 @@ class Residency:
 
         ABSENT: every slot is pinned just now.
         """
-        self._forget_old_failure(ref.digest)
+        self._forget_failure(ref)
         has_slot, evicted = self._slots.touch(ref.digest)
         if evicted is not None:
             self._ready.pop(evicted, None)
             self.stats.evictions += 1
         if has_slot and self.status(ref.digest) is AdapterStatus.ABSENT:
-            self._loading[ref.digest] = self._executor.submit(self._timed_load, ref)
+            self._loading[ref.digest] = self._executor.submit(self._timed_load, ref), ref.path
         return self.status(ref.digest)
 
     def pin(self, digest: str) -> None:
@@ -91,8 +91,8 @@ class Residency:
 
     def poll(self) -> None:
         """Publish the loads that have finished since the last call."""
-        for digest in [d for d, future in self._loading.items() if future.done()]:
-            future = self._loading.pop(digest)
+        for digest in [d for d, (future, _) in self._loading.items() if future.done()]:
+            future, path = self._loading.pop(digest)
             error = future.exception()
             if error is None:
                 adapter, seconds = future.result()
@@ -104,7 +104,7 @@ class Residency:
             if not isinstance(error, AdapterError):
                 error = AdapterUnavailable(f"loading failed: {type(error).__name__}: {error}")
             self.stats.failures += 1
-            self._errors[digest] = (error, time.monotonic())
+            self._errors[digest] = (error, time.monotonic(), path)
 
     def adapter(self, digest: str) -> Adapter:
         """The weights of a READY adapter."""
@@ -122,10 +122,11 @@ class Residency:
         """Stop the loading thread."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
-    def _forget_old_failure(self, digest: str) -> None:
-        error, when = self._errors.get(digest, (None, 0.0))
-        if isinstance(error, AdapterUnavailable) and time.monotonic() - when >= RETRY_SECONDS:
-            del self._errors[digest]
+    def _forget_failure(self, ref: AdapterRef) -> None:
+        """Forget an I/O error that is old, or of another folder with the same content."""
+        error, when, path = self._errors.get(ref.digest, (None, 0.0, ""))
+        if isinstance(error, AdapterUnavailable) and (path != ref.path or time.monotonic() - when >= RETRY_SECONDS):
+            del self._errors[ref.digest]
 
     def _timed_load(self, ref: AdapterRef) -> tuple[Adapter, float]:
         start = time.perf_counter()

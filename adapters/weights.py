@@ -17,9 +17,13 @@ def load_adapter(ref: AdapterRef, shape: BaseShape, device: torch.device, dtype:
     The scaling (alpha / r, or alpha / sqrt(r) for rsLoRA) is folded into B in fp32 before the cast to `dtype`.
     Raises AdapterRefused or AdapterUnavailable.
     """
-    manifest = inspect_adapter(Path(ref.path), ref.name, shape)
+    try:
+        manifest = inspect_adapter(Path(ref.path), ref.name, shape)
+    except AdapterRefused as error:
+        # It was fine when it was registered: the files are gone or being replaced, not what this digest stands for.
+        raise AdapterUnavailable(f"adapter {ref.name!r} can't be loaded any more: {error}") from error
     if manifest.ref.digest != ref.digest:
-        raise AdapterRefused(
+        raise AdapterUnavailable(
             f"adapter {ref.name!r} changed on disk since it was registered "
             f"(sha256 {ref.digest[:12]} then, {manifest.ref.digest[:12]} now): restart the server to serve the new one"
         )

@@ -8,12 +8,15 @@ import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_float, c_int64, c_void_p
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from kernels.build import library
 
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
+MAX_RANK = 512
+"""The largest rank that `lora` takes; MAX_RANK of the sources."""
 _READ_AHEAD = 1 << 16  # bytes past the weights that prefetching may name
 
 
@@ -45,13 +48,14 @@ class Native:
             self._lib = ctypes.CDLL(str(path))
         except OSError as error:
             raise NativeUnavailable(f"{path.name} can't be loaded: {error}") from error
-        self._lib.chorus_use.restype = c_char_p
-        chosen = self._lib.chorus_use(None if isa is None else isa.encode())
-        if chosen is None:
+        self._lib.chorus_kernels.restype = c_void_p
+        kernels = self._lib.chorus_kernels(None if isa is None else isa.encode())
+        if kernels is None:
             raise NativeUnavailable(f"this processor has no {isa}")
-        self.isa = chosen.decode()
-        self._lib.chorus_panel.restype = c_int64
-        self._panel = int(self._lib.chorus_panel())
+        self._kernels = c_void_p(kernels)
+        self._lib.chorus_isa.restype, self._lib.chorus_panel.restype = c_char_p, c_int64
+        self.isa: str = self._lib.chorus_isa(self._kernels).decode()
+        self._panel = int(self._lib.chorus_panel(self._kernels))
         f = self._function
         pack, linear = (
             [c_void_p, *[c_int64] * 4, c_void_p],
@@ -73,6 +77,8 @@ class Native:
     def pack(self, weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
         """Pack `weight` [K, N] (any strides; K even), which may be freed afterwards."""
         k, n = weight.shape
+        if k % 2:
+            raise ValueError(f"a weight of {k} input features can't be packed, only an even number: use --kernels off")
         size = -(-n // self._panel) * self._panel * k
         data = torch.empty(size + _READ_AHEAD // weight.element_size(), dtype=weight.dtype)
         self._pack[weight.dtype](weight.data_ptr(), *weight.stride(), k, n, data.data_ptr())
@@ -120,7 +126,7 @@ class Native:
         self, raw: torch.Tensor, scores: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
         top_p: torch.Tensor, uniform: torch.Tensor, wanted: torch.Tensor,
     ) -> tuple[list[int], list[float]]:  # fmt: skip
-        """The next token of each row and, where wanted, its log-softmax under the raw row (elsewhere 0).
+        """The next token of each row, -1 if the raw row holds NaN or inf; its log-softmax where wanted, elsewhere 0.
 
         raw, scores [S, V] fp32 contiguous; temperature [S] fp32, 0 is greedy; top_k [S] int64, V or more is off;
         top_p [S] fp32, 1 or more is off; uniform [S] fp64 in [0, 1); wanted [S] int64, 0 or 1.
@@ -134,5 +140,5 @@ class Native:
 
     def _function(self, name: str, arguments: Sequence[type]) -> Callable[..., None]:
         function = getattr(self._lib, f"chorus_{name}")
-        function.argtypes, function.restype = list(arguments), None
-        return function
+        function.argtypes, function.restype = [c_void_p, *arguments], None
+        return partial(function, self._kernels)

@@ -13,6 +13,7 @@ from training.data import Corpus
 from training.errors import ConfigError, TrainingError
 
 SKIPPED_SHOWN = 10
+REPLACED = "replaced"  # in the run's own folder, for as long as replacing takes
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +75,8 @@ def _keep_heap() -> None:
 
 def _check_output(config: TrainConfig) -> None:
     config.folder.parent.mkdir(parents=True, exist_ok=True)
+    if (config.partial / REPLACED).is_dir() and not config.folder.exists():
+        os.rename(config.partial / REPLACED, config.folder)
     if config.folder.exists() and not config.overwrite:
         raise ConfigError(f"{config.folder} exists: choose another --name, or --overwrite to replace it")
     if config.partial.exists() and not (config.resume or config.overwrite):
@@ -84,9 +87,12 @@ def _check_output(config: TrainConfig) -> None:
 
 
 def _publish(config: TrainConfig) -> None:
-    """Put the finished folder in its place in one rename, so that a running server sees all of it or nothing."""
+    """Put the finished folder in its place by renaming, so that a running server sees all of it or nothing.
+
+    An adapter that it replaces is moved away first; if the run dies in between, `_check_output` puts it back.
+    """
     if config.folder.exists():
-        os.rename(config.folder, config.partial / "replaced")
+        os.rename(config.folder, config.partial / REPLACED)
     os.rename(config.partial / "finished", config.folder)
     shutil.rmtree(config.partial)
 

@@ -104,6 +104,9 @@ def _examples(
         if missing:
             skip("missing field", f"{', '.join(missing)} is missing or empty")
             continue
+        if not _encodable(values.values()):
+            skip("not valid Unicode", "it holds half of a surrogate pair")
+            continue
         text = " ".join(values[name] for name in template.completion_fields)
         if len(text) > config.max_chars:
             corpus.filtered["--max-chars"] += 1
@@ -196,6 +199,14 @@ def _string(value: Any) -> str:
     if isinstance(value, str):
         return value.strip()
     return str(value) if isinstance(value, int | float) and not isinstance(value, bool) and value == value else ""
+
+
+def _encodable(values: Iterable[str]) -> bool:
+    try:
+        "".join(values).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _tags(value: Any) -> set[str]:

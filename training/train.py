@@ -147,6 +147,7 @@ def _prepare(config: TrainConfig, base: Base, train_set: Sequence[Example]) -> s
         before = json.loads(file.read_text())
         changed = [key for key in recorded if before.get(key) != recorded[key]]
         if changed:
+            changed = [key for key in changed if not key.endswith("_sha256")] or changed  # name the cause
             listed = ", ".join(f"{key} was {before.get(key)!r}, is {recorded[key]!r}" for key in changed)
             raise ConfigError(f"--resume: this is another run ({listed}); give the same flags, or --overwrite")
         checkpoints = config.partial / "checkpoints"

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from adapters.adapter import Adapter, ModuleKey
-from kernels.native import Native
+from kernels.native import MAX_RANK, Native
 
 
 class NativeLoraBatch:
@@ -61,6 +61,8 @@ class NativeLora:
         held = self._addresses.get(id(adapter))
         if held is None or held[0]() is not adapter:
             found = {key: (p.a.data_ptr(), p.b.data_ptr(), p.a.shape[0]) for key, p in adapter.pairs.items()}
+            if any(rank > MAX_RANK for _, _, rank in found.values()):
+                raise ValueError(f"adapter {adapter.digest[:12]} has a rank above {MAX_RANK}")
             number = id(adapter)
             self._addresses[number] = weakref.ref(adapter, lambda _: self._addresses.pop(number, None)), found
             return found

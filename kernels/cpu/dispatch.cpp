@@ -8,15 +8,12 @@ extern const Kernels kernels_avx2, kernels_avx512;
 
 #define API extern "C" __attribute__((visibility("default")))
 
-static const Kernels* chosen = &kernels_plain;
-
-// Uses the best instruction set that the processor has, or the named one if it has it; its name, or null.
-API const char* chorus_use(const char* wanted) {
-  const char* name = "plain";
+// The kernels of the best instruction set that the processor has, or of the named one if it has it, else null.
+API const Kernels* chorus_kernels(const char* wanted) {
+  const Kernels* chosen = nullptr;
   auto offer = [&](const char* isa, const Kernels* kernels, bool has) {
     if (has && (wanted == nullptr || std::strcmp(wanted, isa) == 0)) {
       chosen = kernels;
-      name = isa;
     }
   };
   offer("plain", &kernels_plain, true);
@@ -26,31 +23,33 @@ API const char* chorus_use(const char* wanted) {
   offer("avx2", &kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"));
   offer("avx512", &kernels_avx512, avx512);
 #endif
-  return wanted == nullptr || std::strcmp(wanted, name) == 0 ? name : nullptr;
+  return chosen;
 }
 
-API int64_t chorus_panel() { return chosen->panel; }
+API const char* chorus_isa(const Kernels* kernels) { return kernels->isa; }
+API int64_t chorus_panel(const Kernels* kernels) { return kernels->panel; }
 
+#define SELF const Kernels* kernels
 #define EXPORT(name, parameters, arguments) \
-  API void chorus_##name parameters { chosen->name arguments; }
+  API void chorus_##name parameters { kernels->name arguments; }
 
-#define PACK(suffix, T)                                                                                  \
-  EXPORT(pack_##suffix, (const T* w, int64_t sk, int64_t sn, int64_t K, int64_t N, T* out),           \
+#define PACK(suffix, T) \
+  EXPORT(pack_##suffix, (SELF, const T* w, int64_t sk, int64_t sn, int64_t K, int64_t N, T* out), \
          (w, sk, sn, K, N, out))
-#define LINEAR(suffix, T, Y)                                                                             \
-  EXPORT(linear_##suffix,                                                                             \
-         (const T* x, int64_t ldx, const T* w, const float* b, Y* y, int64_t ldy, int64_t M, int64_t K,  \
-          int64_t N),                                                                                    \
+#define LINEAR(suffix, T, Y) \
+  EXPORT(linear_##suffix, \
+         (SELF, const T* x, int64_t ldx, const T* w, const float* b, Y* y, int64_t ldy, int64_t M, int64_t K, \
+          int64_t N), \
          (x, ldx, w, b, y, ldy, M, K, N))
-#define ATTEND(suffix, T)                                                                                \
-  EXPORT(attend_##suffix,                                                                             \
-         (const T* qkv, T* keys, T* values, const int64_t* rows, const int64_t* positions, T* out,       \
-          int64_t D, int64_t H, int64_t Dh, int64_t max_len, float scale),                               \
+#define ATTEND(suffix, T) \
+  EXPORT(attend_##suffix, \
+         (SELF, const T* qkv, T* keys, T* values, const int64_t* rows, const int64_t* positions, T* out, \
+          int64_t D, int64_t H, int64_t Dh, int64_t max_len, float scale), \
          (qkv, keys, values, rows, positions, out, D, H, Dh, max_len, scale))
-#define LORA(suffix, T)                                                                                  \
-  EXPORT(lora_##suffix,                                                                               \
-         (const T* x, int64_t ldx, T* y, int64_t ldy, const T* const* a, const T* const* b,              \
-          const int64_t* ranks, int64_t M, int64_t K, int64_t N),                                        \
+#define LORA(suffix, T) \
+  EXPORT(lora_##suffix, \
+         (SELF, const T* x, int64_t ldx, T* y, int64_t ldy, const T* const* a, const T* const* b, \
+          const int64_t* ranks, int64_t M, int64_t K, int64_t N), \
          (x, ldx, y, ldy, a, b, ranks, M, K, N))
 
 PACK(f32, float)
@@ -63,6 +62,6 @@ ATTEND(bf16, bf16)
 LORA(f32, float)
 LORA(bf16, bf16)
 EXPORT(choose,
-       (const float* raw, const float* scores, int64_t S, int64_t V, const float* t, const int64_t* k, const float* p,
+       (SELF, const float* raw, const float* scores, int64_t S, int64_t V, const float* t, const int64_t* k, const float* p,
         const double* u, const int64_t* wanted, int64_t* tokens, double* logprobs),
        (raw, scores, S, V, t, k, p, u, wanted, tokens, logprobs))

@@ -122,7 +122,9 @@ static void attend(const T* qkv, T* keys, T* values, const int64_t* rows, const 
                    int64_t H, int64_t Dh, int64_t max_len, float scale) {
 #pragma omp parallel
   {
-    float* scores = (float*)aligned_alloc(64, (max_len + VL) / VL * VL * sizeof(float) + 64);
+    static thread_local std::vector<float> kept;
+    kept.resize(max_len + VL);
+    float* scores = kept.data();
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < D * H; i++) {
       int64_t d = i / H, h = i % H, length = positions[d] + 1;
@@ -162,7 +164,6 @@ static void attend(const T* qkv, T* keys, T* values, const int64_t* rows, const 
         put(o[c], s * inverse);
       }
     }
-    free(scores);
   }
 }
 
@@ -214,7 +215,7 @@ static void lora(const T* x, int64_t ldx, T* y, int64_t ldy, const T* const* a, 
 
 extern const Kernels KERNELS(ISA);
 const Kernels KERNELS(ISA) = {
-    NR,
+    STRING(ISA), NR,
     pack<float>, pack<bf16>,
     linear<float, float>, linear<bf16, bf16>, linear<bf16, float>,
     attend<float>, attend<bf16>,

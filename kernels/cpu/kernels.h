@@ -45,6 +45,7 @@ using Choose = void (*)(const float* raw, const float* scores, int64_t S, int64_
                         int64_t* tokens, double* logprobs);
 
 struct Kernels {
+  const char* isa;
   int64_t panel;
   Pack<float> pack_f32;
   Pack<bf16> pack_bf16;
@@ -58,5 +59,7 @@ struct Kernels {
   Choose choose;
 };
 
+#define STRING_OF(text) #text
+#define STRING(text) STRING_OF(text)
 #define KERNELS_OF(isa) kernels_##isa
 #define KERNELS(isa) KERNELS_OF(isa)

@@ -97,6 +97,20 @@ static vec largest(const float* x, int64_t V) {
   return vec{} + top[0];
 }
 
+// Whether a softmax of the row means anything: no NaN, no infinity as the largest. -inf leaves a token out.
+static bool sane(const float* x, int64_t V) {
+  ivec odd{};
+  int64_t i = 0;
+  bool rest = false;
+  for (; i + VL <= V; i += VL) {
+    vec v = load(x + i);
+    odd |= v != v;
+  }
+  for (; i < V; i++) rest |= x[i] != x[i];
+  for (int j = 0; j < VL; j++) rest |= odd[j] != 0;
+  return !rest && std::isfinite(largest(x, V)[0]);
+}
+
 // Sum over the vocabulary in double, a block of vectors at a time. w is padded with zeros to a whole vector.
 static double total(const float* w, int64_t V) {
   double all = 0;
@@ -137,7 +151,7 @@ static int64_t draw(const float* w, int64_t V, double target) {
 }
 
 // raw, scores [S, V] (scores: penalised); per row: temperature (0: greedy), top_k (V: off), top_p (>= 1: off), a uniform
-// number. Writes tokens [S] and, where wanted, log-softmax of the raw row at the token.
+// number. Writes tokens [S], -1 for a raw row that isn't sane, and, where wanted, log-softmax of the raw row at the token.
 static void choose(const float* raw, const float* scores, int64_t S, int64_t V, const float* temperature,
                    const int64_t* top_k, const float* top_p, const double* uniform, const int64_t* wanted,
                    int64_t* tokens, double* logprobs) {
@@ -148,7 +162,9 @@ static void choose(const float* raw, const float* scores, int64_t S, int64_t V, 
     float* w = scratch.w.data();
     const float* x = scores + r * V;
     int64_t token = 0;
-    if (temperature[r] == 0) {
+    if (!sane(raw + r * V, V)) {
+      token = -1;
+    } else if (temperature[r] == 0) {
       float top = largest(x, V)[0];
       while (token < V - 1 && x[token] != top) token++;
     } else {
@@ -164,7 +180,7 @@ static void choose(const float* raw, const float* scores, int64_t S, int64_t V, 
       token = draw(w, V, uniform[r] * all);
     }
     tokens[r] = token;
-    if (wanted[r]) {
+    if (wanted[r] && token >= 0) {
       const float* y = raw + r * V;
       double all = weigh(y, V, 1.0f, w);
       logprobs[r] = (double)y[token] - largest(y, V)[0] - std::log(all);

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from kernels.native import Native
-from server.engine.types import SamplingParams
+from server.engine.types import DIVERGED, SamplingParams
 
 _FIRST_CANDIDATES = 64
 _COLDEST = 1e-30  # greedy already; less would overflow
@@ -31,7 +31,10 @@ class SamplingRow:
 
 @dataclass(frozen=True)
 class Sampled:
-    """One step's choice: tokens [S], and log-softmax of the raw logits for the rows that asked, else 0."""
+    """One step's choice: tokens [S], and log-softmax of the raw logits for the rows that asked, else 0.
+
+    A row with NaN, or whose largest logit is infinite, has the token DIVERGED.
+    """
 
     token_ids: list[int]
     logprobs: list[float]
@@ -62,6 +65,8 @@ def sample(logits: torch.Tensor, rows: Seq[SamplingRow], native: Native | None =
     if wanted:
         raw = logits[wanted]
         logprobs[wanted] = raw.gather(1, tokens[wanted, None])[:, 0] - raw.logsumexp(-1)
+    diverged = logits.isnan().any(-1) | logits.amax(-1).isinf()
+    tokens[diverged], logprobs[diverged] = DIVERGED, 0.0
     # One copy to the host; a float64 holds every token id exactly.
     packed = torch.stack([tokens.double(), logprobs.double()]).cpu().numpy()
     return Sampled([int(t) for t in packed[0]], [float(p) for p in packed[1]])

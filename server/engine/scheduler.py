@@ -11,7 +11,7 @@ from collections.abc import Sequence as Seq
 from adapters.residency import AdapterStatus, Residency
 from server.engine.config import EngineConfig
 from server.engine.kv_cache import RowAllocator
-from server.engine.types import Batch, ErrorKind, FinishReason, ScheduledSequence, Sequence
+from server.engine.types import DIVERGED, Batch, ErrorKind, FinishReason, ScheduledSequence, Sequence
 
 
 class Scheduler:
@@ -63,6 +63,13 @@ class Scheduler:
         for item in batch.items:
             item.sequence.num_computed += item.num_new_tokens
         for sequence, token, logprob in zip(batch.sampled, token_ids, logprobs, strict=True):
+            if token == DIVERGED:
+                adapter = sequence.request.adapter
+                who = "the base" if adapter is None else f"adapter {adapter.name!r}"
+                sequence.error = f"{who} gave logits that are not finite: its weights may be too large"
+                sequence.error_kind = ErrorKind.GENERATION
+                self.finish(sequence, FinishReason.ERROR)
+                continue
             sequence.output_ids.append(token)
             if sequence.request.sampling_params.logprobs:
                 sequence.logprobs.append(logprob)

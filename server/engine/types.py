@@ -5,6 +5,9 @@ from enum import Enum
 
 from adapters.adapter import AdapterRef
 
+DIVERGED = -1
+"""Stands for a token where the logits were not finite."""
+
 
 class FinishReason(Enum):
     """Why a sequence ended."""

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from adapters.validation import WEIGHTS_FILE
+from server.engine.types import ErrorKind, FinishReason
 from tests.oracle import adapter_ref, make_adapter, make_checkpoint, make_engine, make_prompts, request, run
 
 
@@ -33,6 +34,10 @@ def test_neighbours_in_the_batch_are_not_harmed(folders: dict[str, Path]) -> Non
     mixed = run(make_engine(folders["base"]), requests, per_step=2)
     for key, output in expected.items():
         assert mixed[key].token_ids == output.token_ids, f"request {key} was harmed by its neighbour"
+    for key in ("2", "5", "8"):
+        assert mixed[key].finish_reason is FinishReason.ERROR
+        assert mixed[key].error_kind is ErrorKind.GENERATION
+        assert "adapter 'wild' gave logits that are not finite" in (mixed[key].error or "")
 
 
 def test_the_next_request_in_the_same_row_is_not_harmed(folders: dict[str, Path]) -> None:

@@ -140,12 +140,13 @@ def test_choose_draws_each_token_as_often_as_it_is_probable(native: Native, sett
 
 
 def test_choose_survives_what_is_not_finite(native: Native) -> None:
-    """A diverged adapter's logits give some token, and harm nobody else's."""
+    """A diverged adapter's logits are told by -1, and harm nobody else's."""
     for value in (float("nan"), float("inf"), float("-inf")):
         logits = torch.randn(3, 101)
         logits[1] = value
         for settings in ({}, {"top_p": 0.5}, {"top_k": 3}, {"temperature": 0.0}):
             tokens = choose(native, logits, **settings)
-            assert all(0 <= token < 101 for token in tokens)
+            assert tokens[1] == -1
+            assert all(0 <= token < 101 for token in (tokens[0], tokens[2]))
             alone = choose(native, torch.stack([logits[0], logits[0], logits[2]]), **settings)
             assert (tokens[0], tokens[2]) == (alone[0], alone[2])

@@ -56,13 +56,14 @@ def test_unusable_rows_are_reported_by_line_and_reason(base: Base, tmp_path: Pat
         {"author": "", "quote": "nobody's"},
         {"author": "B", "quote": "Number,  3!"},
         {"author": "A", "quote": "word " * 35 + "end"},
+        {"author": "A", "quote": "half a \ud800 pair"},
     ]
     corpus = load(
         base, jsonl(tmp_path / "data.jsonl", rows), template='Quote by {author}, who said: "{quote}" ' + "x " * 20
     )
     assert [(row.line, row.reason) for row in corpus.skipped] == [
         (7, "unreadable row"), (8, "unreadable row"), (9, "missing field"), (10, "missing field"),
-        (11, "duplicate"), (12, "longer than the context"),
+        (11, "duplicate"), (12, "longer than the context"), (13, "not valid Unicode"),
     ]  # fmt: skip
     assert corpus.skipped[4].detail == "the same text as data.jsonl:4"
     assert "tokens; the base takes 64" in corpus.skipped[5].detail

@@ -90,6 +90,16 @@ def test_the_same_seed_gives_the_same_adapter_also_after_an_interruption(
     assert all(torch.equal(again[name], first[name]) for name in first)
 
 
+def test_an_adapter_that_was_being_replaced_is_put_back(
+    tiny_base: Path, quotes_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The run died between moving the old adapter away and moving the new one in."""
+    (tmp_path / ".voice.partial" / "replaced").mkdir(parents=True)
+    assert main(flags("voice", tmp_path, tiny_base, quotes_file)) == 2
+    assert "voice exists: choose another --name, or --overwrite" in capsys.readouterr().err
+    assert (tmp_path / "voice").is_dir()
+
+
 def test_an_adapter_is_replaced_only_when_told_to(
     trained: Path, tiny_base: Path, quotes_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
