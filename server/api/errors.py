@@ -1,5 +1,9 @@
 """Errors as clients see them: a status, a type, a message, in the shape of the dialect that was spoken."""
 
+import logging
+import re
+import reprlib
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,10 +11,13 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters.errors import AdapterError, AdapterNotFound, AdapterRefused
 from server.engine.types import ErrorKind, SequenceOutput
 
+logger = logging.getLogger(__name__)
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _BY_STATUS = {401: "unauthorized", 404: "not_found", 405: "method_not_allowed", 413: "validation", 422: "validation"}
 
 
@@ -35,6 +42,12 @@ class ApiError(Exception):
         return cls(503, "unavailable", message, {"Retry-After": "2"})
 
     @classmethod
+    def internal(cls, request_id: str) -> "ApiError":
+        """500: a defect of ours; the log has the traceback under this id."""
+        message = f"the server failed on this request; its log says more under {request_id}"
+        return cls(500, "internal", message, {"x-request-id": request_id})
+
+    @classmethod
     def of_adapter(cls, error: AdapterError, field: str) -> "ApiError":
         """404, 422 or 503, by the kind of failure."""
         if isinstance(error, AdapterNotFound):
@@ -55,10 +68,46 @@ class ApiError(Exception):
 
     def body(self, path: str) -> dict[str, Any]:
         """The JSON body: OpenAI's shape under /v1, TGI's elsewhere."""
+        message = self.message.encode(errors="backslashreplace").decode()  # it may quote half a surrogate pair
         if path.startswith("/v1/"):
-            error = {"message": self.message, "type": self.error_type, "param": self.param or None, "code": self.status}
+            error = {"message": message, "type": self.error_type, "param": self.param or None, "code": self.status}
             return {"error": error}
-        return {"error": self.message, "error_type": self.error_type}
+        return {"error": message, "error_type": self.error_type}
+
+
+def request_id_of(request: Request, otherwise: str | None = None) -> str:
+    """The x-request-id that the client sent, if it is usable, else `otherwise`, else a new one."""
+    sent = request.headers.get("x-request-id", "")
+    return sent if _REQUEST_ID.fullmatch(sent) else otherwise or uuid.uuid4().hex
+
+
+class CatchAll:
+    """Answers an exception that nobody handled with a 500 of that shape, and logs it under the request's id.
+
+    Not an exception handler for `Exception`: Starlette raises on after calling that one, so that uvicorn logs it again.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        started = False
+
+        async def watched(message: Message) -> None:
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception:
+            if scope["type"] != "http" or started:
+                raise  # the connection has to break: what was sent is no whole answer
+            request_id = request_id_of(Request(scope))
+            logger.exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
+            error = ApiError.internal(request_id)
+            await JSONResponse(error.body(scope["path"]), error.status, error.headers)(scope, receive, send)
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -70,17 +119,56 @@ def install_handlers(app: FastAPI) -> None:
 
     async def on_invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
-        return await on_api_error(request, ApiError(422, "validation", "; ".join(map(_explain, error.errors()))))
+        problems = error.errors()
+        if any(tuple(problem["loc"]) == ("body",) for problem in problems) and (told := _wrong_content_type(request)):
+            return await on_api_error(request, ApiError(422, "validation", told))
+        return await on_api_error(request, ApiError(422, "validation", "; ".join(map(_explain, problems))))
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        status = 422 if error.status_code == 400 else error.status_code  # FastAPI's own: bytes that are no text
+        if error.status_code == 400:  # FastAPI's own, for a body that json.loads gives up on
+            return await on_api_error(request, ApiError(422, "validation", _unreadable(error.__cause__)))
+        status = error.status_code
         kind = _BY_STATUS.get(status, "error")
         return await on_api_error(request, ApiError(status, kind, str(error.detail), error.headers))
 
     app.add_exception_handler(ApiError, on_api_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
+    app.add_middleware(CatchAll)
+
+
+def _wrong_content_type(request: Request) -> str | None:
+    sent = request.headers.get("content-type")
+    if sent is None:
+        return "the `Content-Type` header is missing; expected application/json"
+    kind = sent.partition(";")[0].strip().lower()
+    if kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
+        return None
+    return f"the `Content-Type` header is {sent[:80]!r}; expected application/json"
+
+
+def _unreadable(cause: BaseException | None) -> str:
+    match cause:
+        case RecursionError():
+            why = "it is nested too deeply"
+        case UnicodeDecodeError():
+            why = "it is not UTF-8 text"
+        case ValueError():
+            why = "it holds a number with too many digits"
+        case _:
+            why = "it could not be parsed"
+    return f"the body is not readable JSON: {why}"
+
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 80
+
+
+def brief(value: Any) -> str:
+    """`repr` of what a client sent, short and however deeply it is nested."""
+    text = _repr.repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
@@ -91,5 +179,4 @@ def _explain(problem: Mapping[str, Any]) -> str:
         return f"the body is not valid JSON: {problem.get('ctx', {}).get('error', message)}"
     if problem["type"] in ("missing", "value_error"):
         return f"`{where}`: {message}"
-    value = repr(problem.get("input"))
-    return f"`{where}`: {message}, got {value if len(value) <= 80 else value[:77] + '...'}"
+    return f"`{where}`: {message}, got {brief(problem.get('input'))}"

@@ -1,8 +1,10 @@
 """Request models of the dialects, as docs/api.md and the OpenAPI document show them."""
 
-from typing import Any, Self, cast
+from typing import Annotated, Any, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from server.api.errors import brief
 
 MAX_STOP_SEQUENCES = 16
 MAX_STOP_CHARS = 256
@@ -17,19 +19,34 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+def _encodable(value: str) -> str:
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{value[error.start]!a} is half a surrogate pair, which is no text; send whole characters"
+        ) from None
+    return value
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+
+
 class GenerateParameters(BaseModel):
     """`parameters` of the TGI and LoRAX dialect. Null means the default for every field."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    adapter_id: str | None = Field(default=None, description="An adapter's name; null or the base's name is the base.")
+    adapter_id: Text | None = Field(default=None, description="An adapter's name; null or the base's name is the base.")
     max_new_tokens: int | None = Field(default=None, ge=1, description="20 if null, or fewer where positions run out.")
     do_sample: bool | None = Field(default=None, description="False is greedy.")
     temperature: float | None = Field(default=None, gt=0, le=100, description="Needs do_sample; 1 if null.")
     top_k: int | None = Field(default=None, ge=0, description="Needs do_sample; off if null or 0.")
     top_p: float | None = Field(default=None, gt=0, le=1, description="Needs do_sample; off if null or 1.")
-    repetition_penalty: float | None = Field(default=None, gt=0, le=100, description="1, no penalty, if null.")
-    stop: list[str] | None = Field(
+    repetition_penalty: float | None = Field(
+        default=None, ge=0.01, le=100, description="1, no penalty, if null; from 0.01 to 100."
+    )
+    stop: list[Text] | None = Field(
         default=None, max_length=MAX_STOP_SEQUENCES, description="Ends the text just before it."
     )
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED, description="Repeats a sampled text; drawn if null.")
@@ -47,7 +64,7 @@ class GenerateParameters(BaseModel):
             if field not in _NEUTRAL:
                 kept[field] = value
             elif value is not None and not any(value == n and value is not True for n in _NEUTRAL[field]):
-                raise ValueError(f"`{field}` {value!r} is not supported; leave it out or null")
+                raise ValueError(f"`{field}` {brief(value)} is not supported; leave it out or null")
         return kept
 
     @model_validator(mode="after")
@@ -77,5 +94,5 @@ class GenerateRequest(BaseModel):
         },
     )
 
-    inputs: str = Field(min_length=1, description="The prompt.")
+    inputs: Text = Field(min_length=1, description="The prompt.")
     parameters: GenerateParameters | None = None

@@ -5,7 +5,6 @@ Lives in the API process; the worker gets a copy without any of its live state.
 
 import asyncio
 import hmac
-import re
 import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -19,7 +18,7 @@ from litserve.specs.base import LitSpec
 from adapters.adapter import AdapterManifest
 from adapters.errors import AdapterError
 from adapters.store import AdapterStore
-from server.api.errors import ApiError
+from server.api.errors import ApiError, request_id_of
 from server.api.link import EngineLink, Overloaded, Unavailable
 from server.engine.types import FinishReason, Request, SamplingParams, SequenceOutput
 from server.metrics import Metrics
@@ -29,7 +28,6 @@ from server.tokenizer import Tokenizer
 
 T = TypeVar("T")
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 
 @dataclass(frozen=True)
@@ -151,8 +149,7 @@ class ChorusSpec(LitSpec):
         request = Request(
             uuid.uuid4().hex, tuple(ids), params(room), adapter.ref if adapter else None, time.monotonic(), stream
         )
-        sent = http.headers.get("x-request-id", "")
-        return Generation(request, adapter, sent if _REQUEST_ID.fullmatch(sent) else request.request_id)
+        return Generation(request, adapter, request_id_of(http, request.request_id))
 
     async def outputs(self, generation: Generation) -> AsyncGenerator[SequenceOutput]:
         """The request's outputs; a failed one raises ApiError. Closing it early aborts the request."""

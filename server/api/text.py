@@ -22,14 +22,15 @@ class TextAssembler:
     """Feeds a request's outputs through a Detokenizer, piece by piece.
 
     A piece whose text is not certain yet (half a character, the beginning of a stop string) is kept back until the next
-    token, so that what is left at an EOS still goes to a piece that clients show.
+    token, so that what is left at an EOS still goes to a piece that clients show. Special tokens have no bytes: what is
+    kept back stays so across them, and they wait behind it.
     """
 
     def __init__(self, vocabulary: Sequence[bytes], special: Mapping[int, str], stop: Sequence[bytes]) -> None:
         """`special`: ids whose text is shown with the token but is no part of the output."""
         self._detokenizer = Detokenizer(vocabulary, stop)
         self._special = special
-        self._kept: TokenPiece | None = None
+        self._kept: list[TokenPiece] = []  # one whose text is not certain, and special ones after it
         self.count = 0
         self.text = ""
 
@@ -41,13 +42,13 @@ class TextAssembler:
             self.count += 1
             logprob = output.logprobs[i] if output.logprobs else None
             if token in self._special:
-                self._release(pieces, self._detokenizer.finish())
-                pieces.append(TokenPiece(self.count, token, self._special[token], logprob, special=True))
+                shown = TokenPiece(self.count, token, self._special[token], logprob, special=True)
+                (self._kept or pieces).append(shown)
                 continue
             piece = TokenPiece(self.count, token, self._detokenizer.push(token), logprob, special=False)
             self._release(pieces, "")
             if self._detokenizer.holding:
-                self._kept = piece
+                self._kept = [piece]
             else:
                 pieces.append(piece)
         if output.finish_reason is not None:
@@ -56,7 +57,7 @@ class TextAssembler:
         return pieces
 
     def _release(self, pieces: list[TokenPiece], rest: str) -> None:
-        if self._kept is not None:
-            self._kept.text += rest
-            pieces.append(self._kept)
-            self._kept = None
+        if self._kept:
+            self._kept[0].text += rest
+            pieces += self._kept
+            self._kept = []

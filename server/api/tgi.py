@@ -1,6 +1,7 @@
 """The TGI / LoRAX dialect: POST /generate and /generate_stream."""
 
 import json
+import logging
 import secrets
 import time
 from collections.abc import AsyncGenerator
@@ -16,6 +17,7 @@ from server.api.spec import ChorusSpec, Generation
 from server.api.text import TextAssembler, TokenPiece
 from server.engine.types import FinishReason, SamplingParams, SequenceOutput
 
+logger = logging.getLogger(__name__)
 DEFAULT_MAX_NEW_TOKENS = 20
 _REASONS = {FinishReason.EOS: "eos_token", FinishReason.STOP: "stop_sequence", FinishReason.LENGTH: "length"}
 
@@ -128,7 +130,10 @@ class TgiRoutes:
                     yield _event(event)
                 last = await anext(outputs, None)
         except ApiError as error:
-            yield _event({"error": error.message, "error_type": error.error_type})
+            yield _event(error.body("/generate_stream"))
+        except Exception:
+            logger.exception("request %s failed while it was streamed", generation.client_id)
+            yield _event(ApiError.internal(generation.client_id).body("/generate_stream"))
         finally:
             await outputs.aclose()
 
@@ -200,4 +205,4 @@ def _timings(generation: Generation, last: SequenceOutput, count: int) -> dict[s
 
 
 def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(data, ensure_ascii=False, allow_nan=False)}\n\n"

@@ -14,7 +14,8 @@ PROMPT = "Quote by Oscar Wilde:"
 
 
 def post(server: ServerProcess, path: str = "/generate", inputs: Any = PROMPT, **parameters: Any) -> httpx.Response:
-    return httpx.post(f"{server.url}{path}", json={"inputs": inputs, "parameters": parameters}, timeout=60)
+    content = json.dumps({"inputs": inputs, "parameters": parameters})  # ASCII: half a surrogate pair passes
+    return httpx.post(f"{server.url}{path}", content=content, headers={"content-type": "application/json"}, timeout=60)
 
 
 def events(server: ServerProcess, **parameters: Any) -> Iterator[dict]:
@@ -150,6 +151,10 @@ def test_defaults_and_null_are_the_same(server: ServerProcess) -> None:
         ({"seed": -1}, ["seed", "-1"]),
         ({"seed": True}, ["seed"]),
         ({"max_new_tokens": "5"}, ["max_new_tokens", "5"]),
+        ({"repetition_penalty": 1e-40}, ["repetition_penalty", "0.01", "1e-40"]),
+        ({"repetition_penalty": 101}, ["repetition_penalty", "100", "101"]),
+        ({"stop": ["ok", "\ud800"]}, ["parameters.stop.1", "\\ud800", "surrogate"]),
+        ({"\ud800": 1}, ["\\ud800"]),
         ({"adapter_id": "misfit"}, ["IA3"]),
     ],
 )
@@ -157,7 +162,7 @@ def test_a_bad_parameter_is_refused_by_name(server: ServerProcess, parameters: d
     for path in ("/generate", "/generate_stream"):
         response = post(server, path, **parameters)
         assert response.status_code == 422, response.text
-        kind = "adapter_refused" if "adapter_id" in parameters else "validation"
+        kind = "adapter_refused" if parameters.get("adapter_id") == "misfit" else "validation"
         assert response.json()["error_type"] == kind
         assert all(word in response.json()["error"] for word in told), response.json()["error"]
 

@@ -90,6 +90,24 @@ def test_what_is_held_back_at_eos_goes_to_a_token_that_clients_show() -> None:
     assert "".join(piece.text for piece in pieces if not piece.special) == "so st"
 
 
+@pytest.mark.parametrize("per_output", [1, 2, 3])
+def test_a_stop_string_across_a_special_token_is_cut_however_the_tokens_arrive(per_output: int) -> None:
+    (a,), (b,) = TOKENIZER.encode("a"), TOKENIZER.encode("b")
+    text, pieces = assemble([a, EOS, b], ["ab"], per_output=per_output, offset=0)
+    assert text.text == "".join(piece.text for piece in pieces if not piece.special) == ""
+    text, pieces = assemble([a, EOS, a, EOS], ["ab"], per_output=per_output)
+    assert text.text == "".join(piece.text for piece in pieces if not piece.special) == "aa"
+    assert [piece.index for piece in pieces] == [1, 2, 3, 4], "in order, nothing lost"
+
+
+@given(st.lists(st.sampled_from([EOS, *TOKENIZER.encode("ab\u00e9\U0001f600")]), min_size=1, max_size=12))
+def test_special_tokens_in_the_middle_change_nothing_about_the_text(ids: list[int]) -> None:
+    one_by_one, pieces = assemble(ids, ["ab\u00e9"])
+    at_once, same = assemble(ids, ["ab\u00e9"], per_output=len(ids))
+    assert one_by_one.text == at_once.text == assemble([i for i in ids if i != EOS] or [EOS], ["ab\u00e9"])[0].text
+    assert [piece.index for piece in pieces] == [piece.index for piece in same] == list(range(1, len(ids) + 1))
+
+
 def test_vocab_and_merges_are_read_where_there_is_no_tokenizer_json(tmp_path) -> None:
     model = json.loads((DEMO_MODEL / "tokenizer.json").read_text())["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
