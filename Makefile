@@ -41,7 +41,7 @@ format: install
 	$(BIN)/ruff format .
 
 bench: install
-	$(BIN)/python -m benchmarks.decode $(ARGS)
+	$(BIN)/python -m benchmarks.run $(ARGS)
 
 loadtest: install
 	$(BIN)/python -m loadtests.run $(ARGS)

@@ -1,0 +1,120 @@
+"""HTTP to token against the engine alone: `python -m benchmarks.server [--json]`.
+
+32 streams of 48 greedy tokens on one model (random weights at gpt2-medium's sizes, or --model DIR), started together:
+through `POST /generate_stream` of a server on loopback, and in the engine in this process. The rate is tokens over the
+time from the first request to the last answer, prompts included on both sides.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import httpx
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from benchmarks.common import MEDIUM, alternate, emit, make_engine, make_model, median, parser
+from server.engine.engine import Engine
+from server.engine.types import Request, SamplingParams
+from server.model.source import DEMO_MODEL
+
+STREAMS, TOKENS = 32, 48
+PROMPT = "Quote by Oscar Wilde:"
+PROMPT_IDS = (25178, 416, 15694, 46754, 25)
+START_SECONDS = 120
+
+
+def checkpoint(folder: Path) -> Path:
+    """A checkpoint of random weights at gpt2-medium's sizes with GPT-2's tokenizer."""
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config.from_dict(MEDIUM)).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO_MODEL / name, folder)
+    return folder
+
+
+@contextlib.contextmanager
+def serving(model: Path) -> Iterator[str]:
+    """A server on a free port of loopback, ended by its pid; its address."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    empty = tempfile.mkdtemp()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "server", "--model", str(model), "--port", str(port), "--adapters-dir", empty],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ,
+    )  # fmt: skip
+    url = f"http://127.0.0.1:{port}"
+    try:
+        deadline = time.monotonic() + START_SECONDS
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{url}/ready").status_code == 200:
+                    break
+            if process.poll() is not None:
+                raise RuntimeError(f"the server ended with {process.returncode}")
+            time.sleep(0.2)
+        yield url
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+        shutil.rmtree(empty)
+
+
+def over_http(url: str) -> float:
+    """Tokens a second of STREAMS streams."""
+    body = {"inputs": PROMPT, "parameters": {"max_new_tokens": TOKENS, "ignore_eos_token": True}}
+
+    async def stream(client: httpx.AsyncClient) -> int:
+        async with client.stream("POST", f"{url}/generate_stream", json=body) as response:
+            response.raise_for_status()
+            return sum([line.startswith("data:") async for line in response.aiter_lines()])
+
+    async def everything() -> int:
+        limits = httpx.Limits(max_connections=STREAMS)
+        async with httpx.AsyncClient(timeout=300, limits=limits) as client:
+            return sum(await asyncio.gather(*(stream(client) for _ in range(STREAMS))))
+
+    start = time.perf_counter()
+    events = asyncio.run(everything())
+    assert events == STREAMS * TOKENS, f"{events} events"
+    return events / (time.perf_counter() - start)
+
+
+def alone(engine: Engine) -> float:
+    """Tokens a second of the same requests in this process."""
+    start = time.perf_counter()
+    for i in range(STREAMS):
+        params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, logprobs=True)
+        engine.add_request(Request(f"{start}-{i}", PROMPT_IDS, params, stream=True))
+    while engine.has_work:
+        engine.step()
+    return STREAMS * TOKENS / (time.perf_counter() - start)
+
+
+def main() -> None:
+    args = parser(__doc__ or "").parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = args.model or checkpoint(Path(scratch))
+        engine = make_engine(make_model(folder, torch.float32), STREAMS, 128)
+        with serving(folder) as url:
+            rates = alternate({"server": partial(over_http, url), "engine": partial(alone, engine)}, args.repeats)
+        engine.close()
+    for name, values in rates.items():
+        row = {"benchmark": "server", "streams": STREAMS, "dtype": "float32", "system": name}
+        row |= {"tokens_per_second": median(values), "to_engine": round(median(values) / median(rates["engine"]), 3)}
+        emit(row, args.json)
+
+
+if __name__ == "__main__":
+    main()
