@@ -14,7 +14,7 @@ from server.api.spec import Served
 from server.metrics import Metrics
 from server.model.config import GPT2Config, ModelError
 from server.model.source import DEMO_MODEL, resolve_model
-from server.settings import Settings, read_settings, unknown_variables
+from server.settings import Settings, SettingsError, read_settings, unknown_variables
 from server.tokenizer import Tokenizer
 
 logger = logging.getLogger("server")
@@ -27,7 +27,8 @@ def main(arguments: list[str] | None = None) -> int:
     except ValidationError as error:
         for problem in error.errors():
             name = str(problem["loc"][0]).replace("_", "-") if problem["loc"] else "settings"
-            print(f"--{name}: {problem['msg']}, got {problem.get('input')!r}", file=sys.stderr)
+            message = problem["msg"].removeprefix("Value error, ")
+            print(f"--{name}: {message}, got {problem.get('input')!r}", file=sys.stderr)
         return 2
     logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s:     %(message)s")
     for quiet in ("httpx", "httpcore", "litserve", "asyncio"):
@@ -40,6 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
         model_dir = resolve_model(settings.model)
         server = ChorusServer(_served(settings, model_dir), model_dir)
         return server.serve()
+    except SettingsError as error:
+        logger.error("%s", error)
+        return 2
     except (ModelError, NotADirectoryError, ValueError, StartupError, OSError) as error:
         logger.error("%s", error)
         return 1
@@ -49,11 +53,16 @@ def _served(settings: Settings, model_dir: Path) -> Served:
     config = GPT2Config.read(model_dir)
     longest = settings.max_model_len or config.n_positions
     if longest > config.n_positions:
-        raise ValueError(f"--max-model-len {longest} exceeds the model's {config.n_positions} positions")
+        raise SettingsError(f"--max-model-len {longest} exceeds the model's {config.n_positions} positions")
     name = settings.model
     if Path(name).expanduser().is_dir():
         name = "demo" if model_dir == DEMO_MODEL else model_dir.name
     tokenizer = Tokenizer(model_dir)
+    if tokenizer.size > config.vocab_size:
+        raise ModelError(
+            f"{model_dir}: the tokenizer has {tokenizer.size} tokens, the model's vocab_size is {config.vocab_size}: "
+            "prompts could hold tokens that it doesn't know; use the tokenizer that belongs to the model"
+        )
     store = AdapterStore(settings.adapters_dir, config.adapter_shape, frozenset({name, "base"}))
     store.all()
     resident = settings.max_resident_adapters or max(128, 2 * settings.max_batch_size)

@@ -9,12 +9,14 @@ import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, SecretStr, field_validator
+from dotenv import dotenv_values
+from pydantic import Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 from server.model.source import DEMO_MODEL
 
 PREFIX = "CHORUS_"
+ENV_FILE = ".env"
 BUNDLED_ADAPTERS = Path(__file__).resolve().parents[1] / "adapters" / "bundled"
 
 
@@ -23,9 +25,9 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
-        env_file=".env",
+        env_file=ENV_FILE,
         env_ignore_empty=True,
-        extra="ignore",  # a .env may hold other programs' variables; ours are checked by unknown_variables
+        extra="ignore",  # a .env may hold other programs' variables; those with our prefix: unknown_variables
         frozen=True,
         cli_kebab_case=True,
         cli_prog_name="python -m server",
@@ -57,7 +59,9 @@ class Settings(BaseSettings):
         default=1024, ge=0, description="Requests that may wait for a place; more are answered 429."
     )
     max_resident_adapters: int | None = Field(
-        None, ge=2, description="Adapters held on the device at once; the larger of 128 and twice max_batch_size."
+        None,
+        ge=2,
+        description="Adapters held on the device at once, at least twice max_batch_size; the larger of 128 and that.",
     )
     api_key: SecretStr | None = Field(default=None, description="Key that inference needs; open if left out.")
     admin_key: SecretStr | None = Field(
@@ -78,6 +82,20 @@ class Settings(BaseSettings):
             raise ValueError("is blank; leave it out to have no key")
         return value
 
+    @field_validator("max_resident_adapters")
+    @classmethod
+    def _room_for_two_batches(cls, value: int | None, info: ValidationInfo) -> int | None:
+        batch = info.data.get("max_batch_size")  # missing if it is wrong itself
+        if value is not None and batch is not None and value < 2 * batch:
+            raise ValueError(
+                f"must be at least {2 * batch}, twice --max-batch-size: one batch runs, the next one loads"
+            )
+        return value
+
+
+class SettingsError(ValueError):
+    """A setting that the model which is served rules out; the message names its flag."""
+
 
 def read_settings(arguments: list[str] | None = None) -> Settings:
     """Settings from flags, environment and `.env`. Raises pydantic.ValidationError; exits 2 on unknown flags."""
@@ -85,13 +103,17 @@ def read_settings(arguments: list[str] | None = None) -> Settings:
 
 
 def unknown_variables() -> list[str]:
-    """A line for each `CHORUS_*` variable that names no setting, with the nearest one that does."""
+    """A line for each `CHORUS_*` name in the environment or `.env` that is no setting, with the nearest that is."""
     known = [PREFIX + name.upper() for name in Settings.model_fields]
     lines: list[str] = []
-    for name in sorted(os.environ):
-        if name.startswith(PREFIX) and name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1)
-            lines.append(f"{name} names no setting" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+    in_file = dotenv_values(ENV_FILE, interpolate=False, encoding="utf-8") if Path(ENV_FILE).is_file() else {}
+    for names, where in ((os.environ, ""), (in_file, f"{ENV_FILE}: ")):
+        for name in sorted(names):
+            upper = name.upper()  # a variable's case does not matter
+            if upper.startswith(PREFIX) and upper not in known:
+                nearest = difflib.get_close_matches(upper, known, n=1)
+                hint = f"; did you mean {nearest[0]}?" if nearest else ""
+                lines.append(f"{where}{name} names no setting{hint}")
     return lines
 
 

@@ -36,6 +36,11 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder()
         self.special = {id_: token.content for id_, token in added.items() if token.special}
 
+    @property
+    def size(self) -> int:
+        """One more than the largest id that a text can be encoded to."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`, no special token added."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids

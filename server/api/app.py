@@ -24,7 +24,8 @@ import litserve as ls
 from fastapi import FastAPI
 from litserve.utils import ResponseBufferItem, WorkerSetupStatus
 
-from server.api.errors import install_handlers
+from server.api.errors import document_errors, install_handlers
+from server.api.gate import KeyGate, passed_the_gate
 from server.api.link import EngineLink, Message
 from server.api.loop import ChorusAPI, EngineLoop
 from server.api.messages import FRAMES
@@ -53,7 +54,8 @@ class ChorusServer(ls.LitServer):
         for routes in (TgiRoutes(self._spec), OpenAIRoutes(self._spec), ProbeRoutes(self._spec)):
             routes.register()
         api = ChorusAPI(served.settings, model_dir, spec=self._spec, loop=EngineLoop())
-        api.authorize = self._spec.authorize  # LitServe makes it a dependency of every route
+        # LitServe makes it a dependency of every route; a plain function would cost a thread.
+        api.authorize = passed_the_gate  # pyright: ignore[reportAttributeAccessIssue]
         super().__init__(
             api,
             accelerator="cpu",  # the worker chooses its device itself
@@ -68,6 +70,8 @@ class ChorusServer(ls.LitServer):
         kept = own | {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
         self.app.router.routes[:] = [r for r in self.app.router.routes if getattr(r, "path", None) in kept]
         self.app.title, self.app.version = "Chorus", served.version
+        document_errors(self.app)
+        self.app.add_middleware(KeyGate, authorize=self._spec.authorize)
         install_handlers(self.app)
         self.monitor_internal = 0.25  # * seconds between looks at the worker
         self.uvicorn_graceful_timeout = served.settings.drain_seconds  # *

@@ -37,6 +37,19 @@ def test_flags_beat_variables_beat_dotenv(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert (read.port, read.max_waiting, read.dtype) == (2003, 8, "float16")
 
 
+def test_a_variable_that_names_no_setting_is_told_wherever_it_stands(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CHORUS_PROT", "1")
+    assert settings.unknown_variables() == ["CHORUS_PROT names no setting; did you mean CHORUS_PORT?"]
+    (tmp_path / ".env").write_text("CHORUS_MAX_WATING=3\nchorus_dtpye=float16\nOTHER=1\nchorus_port=2001\n")
+    assert settings.unknown_variables()[1:] == [
+        ".env: CHORUS_MAX_WATING names no setting; did you mean CHORUS_MAX_WAITING?",
+        ".env: chorus_dtpye names no setting; did you mean CHORUS_DTYPE?",
+    ]
+
+
 def test_adapter_labels_are_bounded() -> None:
     made = metrics.Metrics("gpt2", 8)
     for i in range(metrics.MAX_ADAPTER_LABELS + 50):

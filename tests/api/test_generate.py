@@ -213,6 +213,13 @@ def test_models_info_and_probes(server: ServerProcess) -> None:
     assert httpx.get(f"{server.url}/ready").json() == {"ready": True, "missing": []}
 
 
+def test_the_openapi_document_shows_errors_as_they_are_sent(server: ServerProcess) -> None:
+    document = httpx.get(f"{server.url}/openapi.json").json()
+    schema = document["paths"]["/generate"]["post"]["responses"]["422"]["content"]["application/json"]["schema"]
+    assert set(schema["properties"]) == set(post(server, top_k=-1).json()) == {"error", "error_type"}
+    assert "HTTPValidationError" not in document["components"]["schemas"]
+
+
 def test_metrics_count_what_was_done(server: ServerProcess) -> None:
     before = server.metric("chorus_adapter_generation_tokens_total", adapter="alpha")
     finished = server.metric("chorus_requests_finished_total", finish_reason="length")

@@ -1,0 +1,43 @@
+"""Settings and checkpoints that can't be served are refused before anything is loaded."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from server import __main__ as cli
+from server.model.source import DEMO_MODEL
+
+
+@pytest.fixture(autouse=True)
+def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "ChorusServer", lambda *_: pytest.fail("a server was made"))
+
+
+def test_fewer_resident_adapters_than_two_batches_hold_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--max-resident-adapters", "3"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("--max-resident-adapters: must be at least 64, twice --max-batch-size")
+    assert "'3'" in line
+    assert cli.main(["--max-resident-adapters", "3", "--max-batch-size", "0"]) == 2
+    assert capsys.readouterr().err.startswith("--max-batch-size: "), "the wrong one is named, not the one beside it"
+    assert cli.read_settings(["--max-resident-adapters", "64"]).max_resident_adapters == 64
+
+
+def test_more_positions_than_the_model_has_exits_2(caplog: pytest.LogCaptureFixture) -> None:
+    assert cli.main(["--max-model-len", "5000"]) == 2
+    assert "--max-model-len 5000 exceeds the model's 256 positions" in caplog.text
+
+
+def test_a_tokenizer_of_another_model_exits_1(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    shutil.copy(DEMO_MODEL / "tokenizer.json", base)
+    config = json.loads((DEMO_MODEL / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 50256, "eos_token_id": 0, "bos_token_id": 0}))
+    assert cli.main(["--model", str(base)]) == 1
+    assert "the tokenizer has 50257 tokens, the model's vocab_size is 50256" in caplog.text
+    (base / "config.json").write_text(json.dumps(config | {"vocab_size": 50304}))
+    served = cli._served(cli.read_settings(["--model", str(base)]), base)
+    assert len(served.vocabulary) == 50304, "a vocabulary padded for speed is fine"
