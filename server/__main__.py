@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from adapters.store import AdapterStore
 from server.api.app import ChorusServer, StartupError
 from server.api.spec import Served
-from server.metrics import Metrics
+from server.metrics import OTHER, Metrics
 from server.model.config import GPT2Config, ModelError
 from server.model.source import DEMO_MODEL, resolve_model
 from server.settings import Settings, SettingsError, read_settings, unknown_variables
@@ -63,7 +63,7 @@ def _served(settings: Settings, model_dir: Path) -> Served:
             f"{model_dir}: the tokenizer has {tokenizer.size} tokens, the model's vocab_size is {config.vocab_size}: "
             "prompts could hold tokens that it doesn't know; use the tokenizer that belongs to the model"
         )
-    store = AdapterStore(settings.adapters_dir, config.adapter_shape, frozenset({name, "base"}))
+    store = AdapterStore(settings.adapters_dir, config.adapter_shape, frozenset({name, "base", OTHER}))
     store.all()
     resident = settings.max_resident_adapters or max(128, 2 * settings.max_batch_size)
     return Served(

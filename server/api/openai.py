@@ -1,5 +1,6 @@
 """The OpenAI dialect; so far GET /v1/models."""
 
+import asyncio
 from typing import Any
 
 from server.api.spec import ChorusSpec
@@ -20,7 +21,7 @@ class OpenAIRoutes:
         state = self._spec.state
         base, longest = state.model_name, state.max_model_len
         cards = [_card(base, None, state.created, longest)]
-        cards += [_card(m.ref.name, base, m.created, longest) for m in state.store.all()]
+        cards += [_card(m.ref.name, base, m.created, longest) for m in await asyncio.to_thread(state.store.all)]
         return {"object": "list", "data": cards}
 
 

@@ -119,12 +119,15 @@ class ChorusSpec(LitSpec):
             raise ApiError.unavailable("the server is starting")
         return self.link
 
-    def adapter(self, name: str | None, field: str) -> AdapterManifest | None:
+    async def adapter(self, name: str | None, field: str) -> AdapterManifest | None:
         """The adapter of a name a client sent in `field`; None for the base. Raises ApiError."""
         if name is None or name == self.state.model_name:
             return None
+        store = self.state.store
+        if (known := store.known(name)) is not None:
+            return known
         try:
-            return self.state.store.get(name)
+            return await asyncio.to_thread(store.get, name)  # reads and hashes files
         except AdapterError as error:
             raise ApiError.of_adapter(error, field) from None
 

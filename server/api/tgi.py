@@ -37,13 +37,13 @@ class TgiRoutes:
     async def generate(self, body: GenerateRequest, http: HttpRequest) -> Response:
         """Generate a text with an adapter, or with the base."""
         parameters = body.parameters or GenerateParameters()
-        generation = self._prepare(body, parameters, http, stream=False)
+        generation = await self._prepare(body, parameters, http, stream=False)
         return await self._spec.race(http, self._collect(body, parameters, generation))
 
     async def generate_stream(self, body: GenerateRequest, http: HttpRequest) -> Response:
         """The same, a server-sent event for each token."""
         parameters = body.parameters or GenerateParameters()
-        generation = self._prepare(body, parameters, http, stream=True)
+        generation = await self._prepare(body, parameters, http, stream=True)
         outputs = self._spec.outputs(generation)
         try:
             first = await self._spec.race(http, anext(outputs))  # an error before the first token keeps its status
@@ -75,10 +75,10 @@ class TgiRoutes:
             "version": state.version,
         }
 
-    def _prepare(
+    async def _prepare(
         self, body: GenerateRequest, parameters: GenerateParameters, http: HttpRequest, *, stream: bool
     ) -> Generation:
-        adapter = self._spec.adapter(parameters.adapter_id, "adapter_id")
+        adapter = await self._spec.adapter(parameters.adapter_id, "adapter_id")
         logprobs = stream or bool(parameters.details)
 
         def params(room: int) -> SamplingParams:

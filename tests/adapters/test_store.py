@@ -2,13 +2,16 @@
 
 import logging
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from adapters.adapter import AdapterManifest, BaseShape
 from adapters.errors import AdapterNotFound, AdapterRefused
 from adapters.store import AdapterStore
-from adapters.validation import WEIGHTS_FILE
+from adapters.validation import WEIGHTS_FILE, inspect_adapter
 from tests.adapters.support import SHAPE, ref_of, tensors, write_adapter
 
 
@@ -52,7 +55,7 @@ def test_a_folder_that_cannot_be_served_is_told_once_and_the_others_are(
     assert len(lines) == 3, lines
     assert "a name, with a comma: not a usable adapter name" in lines[0]
     assert "dora: use_dora is true" in lines[1]
-    assert "twain: not a usable adapter name" in lines[2]
+    assert "twain: the name is reserved" in lines[2]
     with pytest.raises(AdapterRefused, match="use_dora is true"):
         store.get("dora")
 
@@ -174,6 +177,39 @@ def test_equal_content_under_two_names_is_one_content(root: Path) -> None:
     store = AdapterStore(root, SHAPE)
     assert store.get("edgar").ref.digest == store.get("poe").ref.digest
     assert names(store) == ["edgar", "poe", "twain", "wilde"]
+
+
+def test_a_folder_that_is_gone_is_forgotten_and_may_come_back_as_another(root: Path) -> None:
+    store = AdapterStore(root, SHAPE)
+    first = store.get("poe")
+    shutil.rmtree(root / "poe")
+    assert names(store) == ["twain", "wilde"]
+    assert store.known("poe") is None
+    with pytest.raises(AdapterNotFound):
+        store.get("poe")
+    write_adapter(root / "poe", tensors(seed=50))
+    assert store.get("poe").ref == ref_of(root / "poe") != first.ref
+    assert store.known("poe") == store.get("poe")
+
+
+def test_many_threads_read_each_adapter_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+
+    def slowly(folder: Path, name: str, shape: BaseShape) -> AdapterManifest:
+        read.append(name)
+        time.sleep(0.05)
+        return inspect_adapter(folder, name, shape)
+
+    monkeypatch.setattr("adapters.store.inspect_adapter", slowly)
+    store = AdapterStore(root, SHAPE)
+    with ThreadPoolExecutor(12) as pool:
+        asked = [pool.submit(store.get, name) for name in ("poe", "wilde", "poe", "nobody", "poe", "wilde")]
+        listed = [pool.submit(store.all) for _ in range(6)]
+        assert [len(future.result()) for future in listed] == [3] * 6
+        assert asked[0].result() is asked[2].result()
+        with pytest.raises(AdapterNotFound):
+            asked[3].result()
+    assert sorted(read) == ["poe", "twain", "wilde"]
 
 
 def test_the_folder_must_exist_at_the_start_and_may_vanish_later(root: Path, caplog: pytest.LogCaptureFixture) -> None:
