@@ -1,7 +1,7 @@
 """What the hardware allows: read bandwidth and peak of products, best of ten readings: `python -m benchmarks.floor`.
 
-The peak is torch's own large matrix product, the bandwidth a sum over a buffer far larger than any cache. Both are lower
-bounds of what the hardware can do: a step below the `floor` has beaten torch's reading, not the hardware.
+The peak is torch's own large matrix product, the bandwidth a sum over a buffer far larger than any cache. Both are
+lower bounds of what the hardware can do: a step below the `floor` has beaten torch's reading, not the hardware.
 """
 
 import time
