@@ -2,7 +2,7 @@
 
 256 requests (prompts of 16 tokens, 16 new ones) at B = 32, four times as many in flight; each draws its adapter from a
 power law (exponent 1) over the registered ones. At most 64 adapters are resident, so 256 and more are beyond the cache.
-Loading is made as dear as reading the same bytes from the page cache: weights are made anew at each load.
+A load makes random weights anew; it reads no files.
 """
 
 import random

@@ -1,4 +1,4 @@
-"""The C++ kernels behind torch tensors: packed small-batch GEMM, attention over ragged rows, LoRA per row.
+"""The C++ kernels behind torch tensors: packed small-batch GEMM, attention over ragged rows, LoRA per row, sampling.
 
 Each states its operation in kernels/reference.py. Tensors are contiguous in their last dimension, on the CPU, fp32 or
 bf16; nothing is checked here beyond what a caller in this project can get wrong.
@@ -17,7 +17,6 @@ from kernels.build import library
 _SUFFIX = {torch.float32: "f32", torch.bfloat16: "bf16"}
 MAX_RANK = 512
 """The largest rank that `lora` takes; MAX_RANK of the sources."""
-_READ_AHEAD = 1 << 16  # bytes past the weights that prefetching may name
 
 
 class NativeUnavailable(RuntimeError):
@@ -79,15 +78,14 @@ class Native:
         k, n = weight.shape
         if k % 2:
             raise ValueError(f"a weight of {k} input features can't be packed, only an even number: use --kernels off")
-        size = -(-n // self._panel) * self._panel * k
-        data = torch.empty(size + _READ_AHEAD // weight.element_size(), dtype=weight.dtype)
+        data = torch.empty(-(-n // self._panel) * self._panel * k, dtype=weight.dtype)
         self._pack[weight.dtype](weight.data_ptr(), *weight.stride(), k, n, data.data_ptr())
         return PackedLinear(data, None if bias is None else bias.float(), k, n)
 
     def rows_of(self, w: PackedLinear, columns: torch.Tensor) -> torch.Tensor:
         """The weight's columns [n] as they were before packing: [n, K]. Of an embedding W^T, its rows."""
         panel, at = columns // self._panel, columns % self._panel
-        data = w.data[: -(-w.n // self._panel) * self._panel * w.k]
+        data = w.data
         if data.dtype == torch.bfloat16:  # pairs along k
             return data.view(-1, w.k // 2, self._panel, 2)[panel, :, at].flatten(1)
         return data.view(-1, w.k, self._panel)[panel, :, at]

@@ -1,4 +1,4 @@
-"""The kernels' operations in plain torch: the truth that they are tested against, and what runs where they can't."""
+"""The kernels' operations in plain torch, the truth they are tested against; LoRA's is adapters/lora/reference.py."""
 
 import torch
 import torch.nn.functional as F
@@ -29,13 +29,6 @@ def attend(
     k, v = keys[rows, :, :longest], values[rows, :, :longest]
     out = F.scaled_dot_product_attention(q[:, :, None], k, v, attn_mask=mask[:, None, None], scale=scale)
     return out[:, :, 0].flatten(1)
-
-
-def lora(x: torch.Tensor, y: torch.Tensor, pairs: list[tuple[torch.Tensor, torch.Tensor] | None]) -> None:
-    """y[n] += (x[n] A_n^T) B_n in place: x [M, K], y [M, N], pairs of A [r, K] and B [r, N], None for the base."""
-    for n, pair in enumerate(pairs):
-        if pair is not None:
-            y[n] += (x[n] @ pair[0].T) @ pair[1]
 
 
 def kept_probabilities(scores: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:

@@ -5,6 +5,8 @@ import itertools
 import pytest
 import torch
 
+from adapters.adapter import Adapter, LoraPair, ModuleKey
+from adapters.lora.reference import add_lora
 from kernels import reference
 from kernels.build import library
 from kernels.native import Native, NativeUnavailable
@@ -103,9 +105,11 @@ def test_lora(native: Native, dtype: torch.dtype, popularity: str) -> None:
             "mixed": [(None, 2, 0, None, 3)[i % 5] for i in range(m)],
         }
         pairs = [None if i is None else pool[i] for i in choice[popularity]]
+        key = ModuleKey(0, "attn.c_attn")
+        adapters = [p and Adapter("digest", {key: LoraPair(p[0].float(), p[1].float())}) for p in pairs]
         x, y = rand(m, k, dtype=dtype), rand(m, n, dtype=dtype)
         expected = y.float()
-        reference.lora(x.float(), expected, [p and (p[0].float(), p[1].float()) for p in pairs])
+        add_lora(expected, x.float(), key, adapters)
         address = [[0 if p is None else p[side].data_ptr() for p in pairs] for side in (0, 1)]
         sizes = torch.tensor([0 if p is None else p[0].shape[0] for p in pairs])
         native.lora(x, y, *map(torch.tensor, address), sizes)
