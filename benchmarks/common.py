@@ -6,7 +6,8 @@ import os
 import platform
 import statistics
 import subprocess
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache
 from server.engine.model_runner import ModelRunner
+from server.engine.types import Request, SamplingParams
 from server.model.backend import choose_backend
 from server.model.config import GPT2Config
 from server.model.gpt2 import GPT2
@@ -68,6 +70,15 @@ def make_engine(model: GPT2, batch: int, max_len: int, resident: int | None = No
     kv_cache = KVCache(model.config, batch, max_len, CPU, model.dtype)
     config = EngineConfig(batch, max_len, max(512, batch), resident)
     return Engine(config, ModelRunner(model, kv_cache, residency), residency, None, [])
+
+
+def warm(engine: Engine, refs: Iterable[AdapterRef]) -> None:
+    """Bring adapters in, and the engine's buffers with them: one token for each, before anything is timed."""
+    for ref in refs:
+        engine.add_request(Request(f"warm {ref.digest}", (1,), SamplingParams(max_tokens=1), ref))
+    while engine.has_work:
+        if not engine.step().stats.batch_size:
+            time.sleep(0.001)  # a load is under way
 
 
 def alternate(variants: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from adapters.adapter import AdapterRef
-from benchmarks.common import alternate, emit, make_engine, make_model, median, parser
+from benchmarks.common import alternate, emit, make_engine, make_model, median, parser, warm
 from benchmarks.floor import Machine, floor_milliseconds
 from server.engine.types import Request, SamplingParams
 from server.model.gpt2 import GPT2
@@ -21,8 +21,10 @@ PROMPT = 32
 def step_milliseconds(model: GPT2, batch: int, distinct: int, steps: int) -> float:
     """The median time of a decode step with `batch` sequences on `distinct` adapters (0: the base)."""
     engine = make_engine(model, batch, PROMPT + steps + 8)
+    refs = [AdapterRef(f"digest{i}", f"a{i}", "") for i in range(distinct)]
+    warm(engine, refs)
     for i in range(batch):
-        ref = AdapterRef(f"digest{i % distinct}", f"a{i % distinct}", "") if distinct else None
+        ref = refs[i % distinct] if distinct else None
         prompt = torch.randint(0, model.config.vocab_size, (PROMPT,)).tolist()
         engine.add_request(Request(str(i), tuple(prompt), SamplingParams(max_tokens=steps + 6), ref))
     times: list[float] = []

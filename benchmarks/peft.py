@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from adapters.adapter import AdapterRef
-from benchmarks.common import MEDIUM, RANK, alternate, emit, make_engine, make_model, median, parser
+from benchmarks.common import MEDIUM, RANK, alternate, emit, make_engine, make_model, median, parser, warm
 from server.engine.engine import Engine
 from server.engine.types import Request, SamplingParams
 
@@ -55,7 +55,7 @@ def peft_grouped(model: Any, prompts: torch.Tensor, names: list[str], tokens: in
 
 
 def ours(engine: Engine, prompts: torch.Tensor, names: list[str], tokens: int) -> float:
-    """Seconds until the engine has finished all of them; adapters are resident after the first time."""
+    """Seconds until the engine has finished all of them."""
     start = time.perf_counter()
     for i, (prompt, name) in enumerate(zip(prompts.tolist(), names, strict=True)):
         engine.add_request(
@@ -87,7 +87,7 @@ def main() -> None:
     for count in args.adapters:
         model = peft_model(count)
         names = [f"a{i % count}" for i in range(BATCH)]
-        ours(engine, prompts, names, 1)  # loads the adapters
+        warm(engine, [AdapterRef(name, name, "") for name in names[:count]])
         runs: dict[str, Run] = {
             "chorus": partial(ours, engine, prompts, names),
             "peft_mixed": partial(peft_mixed, model, prompts, names),

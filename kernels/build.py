@@ -15,9 +15,11 @@ from pathlib import Path
 
 SOURCES = Path(__file__).resolve().parent / "cpu"
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+AVX512 = ["-DVL=16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 X86 = {
     "avx2": ["-DVL=8", "-mavx2", "-mfma"],
-    "avx512": ["-DVL=16", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"],
+    "avx512": AVX512,
+    "avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
 
 

@@ -1,4 +1,5 @@
-"""The C++ kernels behind torch tensors: packed small-batch GEMM, attention over ragged rows, LoRA per row, sampling.
+"""The C++ kernels behind torch tensors: packed small-batch GEMM, attention over ragged rows, norm, gelu,
+LoRA per row, sampling.
 
 Each states its operation in kernels/reference.py. Tensors are contiguous in their last dimension, on the CPU, fp32 or
 bf16; nothing is checked here beyond what a caller in this project can get wrong.
@@ -67,6 +68,9 @@ class Native:
         self._linear[torch.bfloat16, torch.float32] = f("linear_bf16_f32", linear)
         self._attend = {dtype: f(f"attend_{s}", attend) for dtype, s in _SUFFIX.items()}
         self._choose = f("choose", [c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 7])
+        norm = [*[c_void_p] * 4, c_float, c_void_p, c_int64, c_int64]
+        self._norm = {dtype: f(f"norm_{s}", norm) for dtype, s in _SUFFIX.items()}
+        self._gelu = {dtype: f(f"gelu_{s}", [c_void_p, c_int64]) for dtype, s in _SUFFIX.items()}
         self._lora = {dtype: f(f"lora_{s}", lora) for dtype, s in _SUFFIX.items()}
 
     def supports(self, dtype: torch.dtype) -> bool:
@@ -109,6 +113,22 @@ class Native:
             qkv.shape[0], heads, head_dim, max_len, scale,
         )  # fmt: skip
         return out
+
+    def norm(
+        self, x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float,
+        out: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        """x [N, d] += delta in place, if given; out [N, d] = layer norm of x. weight, bias [d] fp32; all contiguous."""
+        self._norm[x.dtype](
+            x.data_ptr(), None if delta is None else delta.data_ptr(), weight.data_ptr(), bias.data_ptr(), eps,
+            out.data_ptr(), *x.shape,
+        )  # fmt: skip
+        return out
+
+    def gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """GELU with the tanh approximation, in place; x contiguous."""
+        self._gelu[x.dtype](x.data_ptr(), x.numel())
+        return x
 
     def lora(self, x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ranks: torch.Tensor) -> None:
         """y [M, N] += each row's (x A^T) B.

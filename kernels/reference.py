@@ -9,6 +9,20 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> 
     return x @ weight if bias is None else torch.addmm(bias.to(x.dtype), x, weight)
 
 
+def norm(
+    x: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """x [N, d] += delta in place, if there is one; the layer norm of x. weight, bias [d] fp32."""
+    if delta is not None:
+        x += delta
+    return F.layer_norm(x.float(), weight.shape, weight, bias, eps).to(x.dtype)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, elementwise."""
+    return F.gelu(x, approximate="tanh")
+
+
 def attend(
     qkv: torch.Tensor,
     keys: torch.Tensor,

@@ -6,7 +6,11 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <type_traits>
 #include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
 
 struct bf16 {
   uint16_t bits;
@@ -37,6 +41,10 @@ template <typename T>
 using Attend = void (*)(const T* qkv, T* keys, T* values, const int64_t* rows, const int64_t* positions, T* out,
                         int64_t D, int64_t H, int64_t Dh, int64_t max_len, float scale);
 template <typename T>
+using Norm = void (*)(T* x, const T* delta, const float* w, const float* b, float eps, T* out, int64_t M, int64_t d);
+template <typename T>
+using Gelu = void (*)(T* x, int64_t n);
+template <typename T>
 using Lora = void (*)(const T* x, int64_t ldx, T* y, int64_t ldy, const T* const* a, const T* const* b,
                       const int64_t* ranks, int64_t M, int64_t K, int64_t N);
 
@@ -54,6 +62,10 @@ struct Kernels {
   Linear<bf16, float> linear_bf16_f32;
   Attend<float> attend_f32;
   Attend<bf16> attend_bf16;
+  Norm<float> norm_f32;
+  Norm<bf16> norm_bf16;
+  Gelu<float> gelu_f32;
+  Gelu<bf16> gelu_bf16;
   Lora<float> lora_f32;
   Lora<bf16> lora_bf16;
   Choose choose;

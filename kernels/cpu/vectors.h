@@ -12,11 +12,25 @@ static inline void store(bf16* p, vec v) {
   bits = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   *(hvec*)p = __builtin_convertvector(bits, hvec);
 }
-static inline float sum(vec v) {
-  float total = 0;
-  for (int i = 0; i < VL; i++) total += v[i];
-  return total;
+// Halves until four are left: the compiler makes a few shuffles of it.
+template <int N>
+static inline float sum_of(const float* v) {
+  typedef float half __attribute__((vector_size(N * 2), aligned(4), may_alias));
+  float out[N / 2];
+  *(half*)out = *(const half*)v + *(const half*)(v + N / 2);
+  if constexpr (N > 4) return sum_of<N / 2>(out);
+  return out[0] + out[1];
 }
+static inline float sum(vec v) { return sum_of<VL>((const float*)&v); }
+
+#ifdef __AVX512BF16__
+// acc + w.lo * x.lo + w.hi * x.hi, each a pair of bf16.
+static inline vec add_products(vec acc, ivec w, ivec x) {
+  return (vec)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w, (__m512bh)x);
+}
+#else
+static inline vec add_products(vec acc, ivec, ivec) { return acc; }  // never called
+#endif
 
 // exp(x) for x <= 0, relative error below 3e-7 (the polynomial of the Cephes library); 0 below -87.
 static inline vec exp_of_nonpositive(vec x) {
@@ -33,4 +47,8 @@ static inline vec exp_of_nonpositive(vec x) {
   y = y * (x * x) + x + 1.0f;
   y = y * (vec)((n + 127) << 23);
   return tiny ? vec{} : y;
+}
+
+static inline void fetch(const void* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch((const char*)from + i, 0, 2);
 }

@@ -1,9 +1,10 @@
-"""How the frozen base is computed on a device: projections, embedding, attention of decoding tokens.
+"""How the frozen base is computed on a device: projections, embedding, norms, attention of decoding tokens.
 
 TorchBackend runs everywhere; on a CPU it packs weights for oneDNN. NativeBackend runs our C++ kernels.
 """
 
 import logging
+from collections.abc import Callable
 from typing import Protocol, cast
 
 import torch
@@ -13,9 +14,14 @@ from kernels.native import Native, NativeUnavailable
 
 logger = logging.getLogger(__name__)
 
+GELU_TANH = ("gelu_new", "gelu_pytorch_tanh", "gelu_fast")
+
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
 
 class Linear(Protocol):
-    """y [N, out] = x [N, in] W + b."""
+    """y [N, out] = x [N, in] W + b. The result may be overwritten by the next product of the same width."""
 
     nbytes: int
 
@@ -36,6 +42,29 @@ class Embedding(Protocol):
         ...
 
 
+class Norm(Protocol):
+    """x += delta in place, if there is one; the layer norm of x. The result may be overwritten by the next norm."""
+
+    nbytes: int
+
+    def __call__(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor: ...
+
+
+class Attend(Protocol):
+    """One token of each of D sequences over its own cache row; its key and value are written there first."""
+
+    def __call__(
+        self,
+        qkv: torch.Tensor,  # [D, 3 H Dh]
+        keys: torch.Tensor,  # [rows, H, max_len, Dh]
+        values: torch.Tensor,
+        rows: torch.Tensor,  # [D]
+        positions: torch.Tensor,  # [D]
+        scale: float,
+        out: torch.Tensor,  # [D, H, Dh]
+    ) -> object: ...
+
+
 class Backend(Protocol):
     """Makes layers of weights, which may be freed afterwards."""
 
@@ -49,9 +78,22 @@ class Backend(Protocol):
         """weight [V, d]."""
         ...
 
+    def norm(self, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Norm:
+        """weight, bias [d]."""
+        ...
+
+    def activation(self, name: str) -> Activation:
+        """The function of transformers' name for it; may work in place."""
+        ...
+
+    @property
+    def attend(self) -> Attend | None:
+        """Our kernel for decoding tokens, where there is one; torch computes them otherwise."""
+        ...
+
     @property
     def native(self) -> Native | None:
-        """Our kernels, where they run."""
+        """Our CPU kernels, where they run."""
         ...
 
 
@@ -59,6 +101,8 @@ def choose_backend(device: torch.device, dtype: torch.dtype, kernels: str = "aut
     """The fastest one for this device and type. kernels: auto, or off for torch alone."""
     if device.type != "cpu":
         return TorchBackend("torch", prepack=False)
+    from server.model.native_backend import NativeBackend  # it imports this module
+
     if kernels != "off":
         try:
             native = Native()
@@ -75,6 +119,7 @@ class TorchBackend:
     """torch's own operators."""
 
     native = None
+    attend = None
 
     def __init__(self, name: str, prepack: bool) -> None:
         self.name, self._prepack = name, prepack
@@ -86,6 +131,21 @@ class TorchBackend:
     def embedding(self, weight: torch.Tensor) -> Embedding:
         """(V, d) is what `F.linear` takes."""
         return TorchEmbedding(weight)
+
+    def norm(self, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> Norm:
+        """`layer_norm`."""
+        return TorchNorm(weight, bias, eps)
+
+    def activation(self, name: str) -> Activation:
+        """torch's."""
+        return torch_activation(name)
+
+
+def torch_activation(name: str) -> Activation:
+    """The functions of transformers' names. Raises KeyError for others; the configuration is checked for them."""
+    if name in GELU_TANH:
+        return lambda x: F.gelu(x, approximate="tanh")
+    return {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh}[name]
 
 
 class TorchLinear:
@@ -111,6 +171,19 @@ class PrepackedLinear:
         return cast("torch.Tensor", torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], ""))
 
 
+class TorchNorm:
+    """`layer_norm`."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> None:
+        self._weight, self._bias, self._eps = weight, bias, eps
+        self.nbytes = weight.nbytes + bias.nbytes
+
+    def __call__(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
+        if delta is not None:
+            x += delta
+        return F.layer_norm(x, self._weight.shape, self._weight, self._bias, self._eps)
+
+
 class TorchEmbedding:
     """Rows by indexing, logits by `F.linear`."""
 
@@ -122,45 +195,3 @@ class TorchEmbedding:
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self._weight).float()
-
-
-class NativeBackend:
-    """Our C++ kernels on packed weights."""
-
-    def __init__(self, native: Native) -> None:
-        self.native: Native | None = native
-        self._kernels = native
-        self.name = f"kernels, {native.isa}"
-
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor) -> Linear:
-        """Packed into panels."""
-        return NativeLinear(self._kernels, weight, bias)
-
-    def embedding(self, weight: torch.Tensor) -> Embedding:
-        """One packed copy serves both ends."""
-        return NativeEmbedding(self._kernels, weight)
-
-
-class NativeLinear:
-    """The small-batch GEMM."""
-
-    def __init__(self, native: Native, weight: torch.Tensor, bias: torch.Tensor) -> None:
-        self._native, self._packed = native, native.pack(weight, bias)
-        self.nbytes = weight.nbytes + bias.nbytes
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._native.linear(x, self._packed, x.new_empty(x.shape[0], self._packed.n))
-
-
-class NativeEmbedding:
-    """The embedding packed as the output head; rows are gathered from the panels."""
-
-    def __init__(self, native: Native, weight: torch.Tensor) -> None:
-        self._native, self._packed = native, native.pack(weight.T, None)
-        self.nbytes = weight.nbytes
-
-    def rows(self, token_ids: torch.Tensor) -> torch.Tensor:
-        return self._native.rows_of(self._packed, token_ids)
-
-    def logits(self, x: torch.Tensor) -> torch.Tensor:
-        return self._native.linear(x, self._packed, x.new_empty(x.shape[0], self._packed.n, dtype=torch.float32))

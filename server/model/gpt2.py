@@ -6,7 +6,6 @@ follows `transformers.GPT2LMHeadModel`, which the tests hold it to.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from adapters.adapter import ModuleKey
-from server.model.backend import Backend, Embedding, Linear
+from server.model.backend import Backend, Embedding, Linear, Norm
 from server.model.config import GPT2Config
 
 
@@ -30,12 +29,10 @@ class Lora(Protocol):
 class Layer:
     """One block: its two norms and four projections."""
 
-    ln_1_weight: torch.Tensor
-    ln_1_bias: torch.Tensor
+    ln_1: Norm
     attn_c_attn: Linear
     attn_c_proj: Linear
-    ln_2_weight: torch.Tensor
-    ln_2_bias: torch.Tensor
+    ln_2: Norm
     mlp_c_fc: Linear
     mlp_c_proj: Linear
 
@@ -74,18 +71,17 @@ class GPT2:
         wte: Embedding,
         wpe: torch.Tensor,  # [positions, d]
         layers: list[Layer],
-        ln_f_weight: torch.Tensor,
-        ln_f_bias: torch.Tensor,
+        ln_f: Norm,
     ) -> None:
         self.config, self.backend = config, backend
         self.wte, self.wpe, self.layers = wte, wpe, layers
-        self.ln_f_weight, self.ln_f_bias = ln_f_weight, ln_f_bias
-        self._activation = _activation(config.activation_function)
+        self.ln_f = ln_f
+        self._activation = backend.activation(config.activation_function)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the weights."""
-        parts = [self.wte, self.wpe, self.ln_f_weight, self.ln_f_bias]
+        parts = [self.wte, self.wpe, self.ln_f]
         return sum(part.nbytes for part in [*parts, *(part for layer in self.layers for part in vars(layer).values())])
 
     @property
@@ -105,19 +101,20 @@ class GPT2:
 
         k_cache, v_cache [layers, rows, H, max_len, Dh]; `lora` None when every row is the base's.
         """
-        eps, d = self.config.layer_norm_epsilon, self.config.n_embd
         x = self.wte.rows(batch.token_ids) + self.wpe[batch.positions]  # [N, d]
+        delta = None  # what the last projection adds to x [N, d]
         for i, w in enumerate(self.layers):
-            h = F.layer_norm(x, (d,), w.ln_1_weight, w.ln_1_bias, eps)
+            h = w.ln_1(x, delta)
             qkv = _project(h, w.attn_c_attn, ModuleKey(i, "attn.c_attn"), lora)
             h = self._attend(i, qkv, batch, k_cache[i], v_cache[i])  # [N, d]
-            x = x + _project(h, w.attn_c_proj, ModuleKey(i, "attn.c_proj"), lora)
-            h = F.layer_norm(x, (d,), w.ln_2_weight, w.ln_2_bias, eps)
+            delta = _project(h, w.attn_c_proj, ModuleKey(i, "attn.c_proj"), lora)
+            h = w.ln_2(x, delta)
             h = _project(h, w.mlp_c_fc, ModuleKey(i, "mlp.c_fc"), lora)
             h = self._activation(h)  # [N, inner]
-            x = x + _project(h, w.mlp_c_proj, ModuleKey(i, "mlp.c_proj"), lora)
-        x = F.layer_norm(x[batch.output_index], (d,), self.ln_f_weight, self.ln_f_bias, eps)
-        return self.wte.logits(x)  # [S, V]
+            delta = _project(h, w.mlp_c_proj, ModuleKey(i, "mlp.c_proj"), lora)
+        if delta is not None:
+            x += delta
+        return self.wte.logits(self.ln_f(x[batch.output_index]))  # [S, V]
 
     def _attend(
         self, layer: int, qkv: torch.Tensor, batch: ForwardBatch, keys: torch.Tensor, values: torch.Tensor
@@ -128,14 +125,14 @@ class GPT2:
         if self.config.scale_attn_by_inverse_layer_idx:
             scale /= layer + 1
         out = qkv.new_empty(len(qkv), heads, head_dim)
-        n, native = batch.num_decode, self.backend.native
-        first = n if native else 0  # the kernel writes its tokens' keys and values itself
+        n, attend = batch.num_decode, self.backend.attend
+        first = n if attend else 0  # the kernel writes its tokens' keys and values itself
         q, k, v = qkv.view(-1, 3, heads, head_dim).unbind(1)  # [N, H, Dh] each
         if first < len(qkv):
             keys[batch.rows[first:], :, batch.positions[first:]] = k[first:]
             values[batch.rows[first:], :, batch.positions[first:]] = v[first:]
-        if n and native:
-            native.attend(qkv[:n], keys, values, batch.rows, batch.positions, scale, out[:n])
+        if n and attend:
+            attend(qkv[:n], keys, values, batch.rows, batch.positions, scale, out[:n])
         elif n:
             out[:n] = self._attend_decode(q[:n], batch, keys, values, scale)
         for chunk in batch.chunks:
@@ -197,9 +194,3 @@ def _project(x: torch.Tensor, linear: Linear, key: ModuleKey, lora: Lora | None)
     if lora is not None:
         lora.add(y, x, key)
     return y
-
-
-def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    if name in ("gelu_new", "gelu_pytorch_tanh", "gelu_fast"):
-        return lambda x: F.gelu(x, approximate="tanh")
-    return {"gelu": F.gelu, "relu": F.relu, "silu": F.silu, "swish": F.silu, "tanh": torch.tanh}[name]

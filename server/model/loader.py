@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from adapters.tensorfile import open_tensors
-from server.model.backend import Backend, Linear, choose_backend
+from server.model.backend import Backend, Linear, Norm, choose_backend
 from server.model.config import GPT2Config, ModelError
 from server.model.gpt2 import GPT2, Layer
 
@@ -60,21 +60,22 @@ def build_model(config: GPT2Config, backend: Backend, take: Callable[[str], torc
     def linear(name: str) -> Linear:
         return backend.linear(take(f"{name}.weight"), take(f"{name}.bias"))
 
+    def norm(name: str) -> Norm:
+        return backend.norm(take(f"{name}.weight"), take(f"{name}.bias"), config.layer_norm_epsilon)
+
     wte = backend.embedding(take("wte.weight"))
     layers = [
         Layer(
-            ln_1_weight=take(f"h.{i}.ln_1.weight"),
-            ln_1_bias=take(f"h.{i}.ln_1.bias"),
+            ln_1=norm(f"h.{i}.ln_1"),
             attn_c_attn=linear(f"h.{i}.attn.c_attn"),
             attn_c_proj=linear(f"h.{i}.attn.c_proj"),
-            ln_2_weight=take(f"h.{i}.ln_2.weight"),
-            ln_2_bias=take(f"h.{i}.ln_2.bias"),
+            ln_2=norm(f"h.{i}.ln_2"),
             mlp_c_fc=linear(f"h.{i}.mlp.c_fc"),
             mlp_c_proj=linear(f"h.{i}.mlp.c_proj"),
         )
         for i in range(config.n_layer)
     ]
-    return GPT2(config, backend, wte, take("wpe.weight"), layers, take("ln_f.weight"), take("ln_f.bias"))
+    return GPT2(config, backend, wte, take("wpe.weight"), layers, norm("ln_f"))
 
 
 def expected_shapes(config: GPT2Config) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
 
 
-@pytest.fixture(params=["plain", "avx2", "avx512"])
+@pytest.fixture(params=["plain", "avx2", "avx512", "avx512_bf16"])
 def native(request: pytest.FixtureRequest) -> Native:
     try:
         return Native(request.param)
@@ -90,6 +90,30 @@ def test_attend_with_scores_far_apart(native: Native) -> None:
     expected = reference.attend(qkv, keys.clone(), values.clone(), *args)
     out = native.attend(qkv.flatten(1), keys, values, *args, torch.empty(1, 8))
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [2, 16, 70, 256])
+def test_norm(native: Native, dtype: torch.dtype, width: int) -> None:
+    torch.manual_seed(6)
+    for rows in (1, 3, 32):
+        x, delta = rand(rows, width, dtype=dtype) + 5, rand(rows, width, dtype=dtype)
+        weight, bias = torch.randn(width), torch.randn(width)
+        for given in (None, delta):
+            ours, plain = x.clone(), x.clone()
+            out = native.norm(ours, given, weight, bias, 1e-5, torch.full_like(x, torch.nan))
+            expected = reference.norm(plain, given, weight, bias, 1e-5)
+            assert torch.equal(ours, plain), "the residual is added in place"
+            torch.testing.assert_close(out, expected, **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu(native: Native, dtype: torch.dtype) -> None:
+    extremes = torch.tensor([0.0, 1e-30, -1e-30, 60.0, -60.0, torch.inf, torch.nan])
+    for size in (1, 15, 16, 17, 1000):
+        x = torch.cat([torch.linspace(-9, 9, size), extremes]).to(dtype)
+        expected = reference.gelu(x)
+        torch.testing.assert_close(native.gelu(x), expected, equal_nan=True, **CLOSE[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

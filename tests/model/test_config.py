@@ -10,8 +10,8 @@ import torch
 from transformers import GPT2Config as TheirConfig
 from transformers.activations import ACT2FN
 
+from server.model.backend import torch_activation
 from server.model.config import ACTIVATIONS, GPT2Config, ModelError
-from server.model.gpt2 import _activation
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "another model": ({"model_type": "llama"}, "model_type is 'llama'; only gpt2"),
@@ -100,7 +100,7 @@ def test_a_file_that_is_no_configuration_is_refused(content: str | None, message
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_an_activation_is_what_transformers_has_under_its_name(name: str) -> None:
     x = torch.linspace(-8, 8, 2001)
-    torch.testing.assert_close(_activation(name)(x), ACT2FN[name](x), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(torch_activation(name)(x), ACT2FN[name](x), atol=1e-6, rtol=1e-5)
 
 
 def test_the_demo_base_says_nothing_unknown(caplog: pytest.LogCaptureFixture) -> None:
