@@ -67,7 +67,7 @@ class Native:
         self._linear = {(dtype, dtype): f(f"linear_{s}", linear) for dtype, s in _SUFFIX.items()}
         self._linear[torch.bfloat16, torch.float32] = f("linear_bf16_f32", linear)
         self._attend = {dtype: f(f"attend_{s}", attend) for dtype, s in _SUFFIX.items()}
-        self._choose = f("choose", [c_void_p, c_void_p, c_int64, c_int64, *[c_void_p] * 7])
+        self._choose = f("choose", [c_void_p, c_int64, c_int64, *[c_void_p] * 10])
         norm = [*[c_void_p] * 4, c_float, c_void_p, c_int64, c_int64]
         self._norm = {dtype: f(f"norm_{s}", norm) for dtype, s in _SUFFIX.items()}
         self._gelu = {dtype: f(f"gelu_{s}", [c_void_p, c_int64]) for dtype, s in _SUFFIX.items()}
@@ -141,19 +141,20 @@ class Native:
         )  # fmt: skip
 
     def choose(
-        self, raw: torch.Tensor, scores: torch.Tensor, temperature: torch.Tensor, top_k: torch.Tensor,
-        top_p: torch.Tensor, uniform: torch.Tensor, wanted: torch.Tensor,
+        self, raw: torch.Tensor, penalty: torch.Tensor, seen: torch.Tensor, seen_from: torch.Tensor,
+        temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor,
+        wanted: torch.Tensor,
     ) -> tuple[list[int], list[float]]:  # fmt: skip
-        """The next token of each row, -1 if the raw row holds NaN or inf; its log-softmax where wanted, elsewhere 0.
+        """The next token of each row, -1 if the row holds NaN or inf; its log-softmax where wanted, elsewhere 0.
 
-        raw, scores [S, V] fp32 contiguous; temperature [S] fp32, 0 is greedy; top_k [S] int64, V or more is off;
-        top_p [S] fp32, 1 or more is off; uniform [S] fp64 in [0, 1); wanted [S] int64, 0 or 1.
+        raw [S, V] fp32 contiguous; penalty [S] fp32, of row r's tokens seen[seen_from[r]:seen_from[r + 1]] (int64);
+        temperature [S] fp32, 0 is greedy; top_k [S] int64, V or more is off; top_p [S] fp32, 1 or more is off;
+        uniform [S] fp64 in [0, 1); wanted [S] int64, 0 or 1.
         """
         tokens = torch.empty(len(raw), dtype=torch.int64)
         logprobs = torch.empty(len(raw), dtype=torch.float64)
-        parts = (raw, scores, temperature, top_k, top_p, uniform, wanted, tokens, logprobs)
-        raw_, scores_, *rest = (part.data_ptr() for part in parts)
-        self._choose(raw_, scores_, raw.shape[0], raw.shape[1], *rest)
+        parts = (penalty, seen, seen_from, temperature, top_k, top_p, uniform, wanted, tokens, logprobs)
+        self._choose(raw.data_ptr(), *raw.shape, *(part.data_ptr() for part in parts))
         return [int(t) for t in tokens.numpy()], [float(p) for p in logprobs.numpy()]
 
     def _function(self, name: str, arguments: Sequence[type]) -> Callable[..., None]:

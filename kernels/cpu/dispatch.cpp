@@ -74,6 +74,7 @@ GELU(bf16, bf16)
 LORA(f32, float)
 LORA(bf16, bf16)
 EXPORT(choose,
-       (SELF, const float* raw, const float* scores, int64_t S, int64_t V, const float* t, const int64_t* k, const float* p,
-        const double* u, const int64_t* wanted, int64_t* tokens, double* logprobs),
-       (raw, scores, S, V, t, k, p, u, wanted, tokens, logprobs))
+       (SELF, const float* raw, int64_t S, int64_t V, const float* penalty, const int64_t* seen, const int64_t* from,
+        const float* t, const int64_t* k, const float* p, const double* u, const int64_t* wanted, int64_t* tokens,
+        double* logprobs),
+       (raw, S, V, penalty, seen, from, t, k, p, u, wanted, tokens, logprobs))

@@ -48,9 +48,9 @@ template <typename T>
 using Lora = void (*)(const T* x, int64_t ldx, T* y, int64_t ldy, const T* const* a, const T* const* b,
                       const int64_t* ranks, int64_t M, int64_t K, int64_t N);
 
-using Choose = void (*)(const float* raw, const float* scores, int64_t S, int64_t V, const float* temperature,
-                        const int64_t* top_k, const float* top_p, const double* uniform, const int64_t* wanted,
-                        int64_t* tokens, double* logprobs);
+using Choose = void (*)(const float* raw, int64_t S, int64_t V, const float* penalty, const int64_t* seen,
+                        const int64_t* seen_from, const float* temperature, const int64_t* top_k, const float* top_p,
+                        const double* uniform, const int64_t* wanted, int64_t* tokens, double* logprobs);
 
 struct Kernels {
   const char* isa;

@@ -16,7 +16,7 @@ struct Weighed {
 };
 
 struct Scratch {
-  std::vector<float> w;
+  std::vector<float> w, scores;
   std::vector<int32_t> ids;  // of the tokens that are heavy enough to be looked at
   std::vector<Weighed> bucket;
   std::vector<float> maxima;
@@ -150,17 +150,27 @@ static int64_t draw(const float* w, int64_t V, double target) {
   return last;
 }
 
-// raw, scores [S, V] (scores: penalised); per row: temperature (0: greedy), top_k (V: off), top_p (>= 1: off), a uniform
-// number. Writes tokens [S], -1 for a raw row that isn't sane, and, where wanted, log-softmax of the raw row at the token.
-static void choose(const float* raw, const float* scores, int64_t S, int64_t V, const float* temperature,
-                   const int64_t* top_k, const float* top_p, const double* uniform, const int64_t* wanted,
-                   int64_t* tokens, double* logprobs) {
+// The row with its seen tokens penalised: positive scores divided, others multiplied.
+static const float* penalised(const float* row, int64_t V, float penalty, const int64_t* seen, const int64_t* end,
+                              std::vector<float>& scores) {
+  if (seen == end) return row;
+  scores.assign(row, row + V);
+  for (; seen < end; seen++) scores[*seen] = row[*seen] < 0 ? row[*seen] * penalty : row[*seen] / penalty;
+  return scores.data();
+}
+
+// raw [S, V]; per row: penalty of the tokens seen[seen_from[r]] .. seen[seen_from[r + 1]], temperature (0: greedy), top_k
+// (V: off), top_p (>= 1: off), a uniform number. Writes tokens [S], -1 for a raw row that isn't sane, and, where wanted,
+// log-softmax of the raw row at the token.
+static void choose(const float* raw, int64_t S, int64_t V, const float* penalty, const int64_t* seen,
+                   const int64_t* seen_from, const float* temperature, const int64_t* top_k, const float* top_p,
+                   const double* uniform, const int64_t* wanted, int64_t* tokens, double* logprobs) {
 #pragma omp parallel for schedule(dynamic)
   for (int64_t r = 0; r < S; r++) {
     static thread_local Scratch scratch;
     scratch.w.resize(V + VL);
     float* w = scratch.w.data();
-    const float* x = scores + r * V;
+    const float* x = penalised(raw + r * V, V, penalty[r], seen + seen_from[r], seen + seen_from[r + 1], scratch.scores);
     int64_t token = 0;
     if (!sane(raw + r * V, V)) {
       token = -1;

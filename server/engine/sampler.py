@@ -9,6 +9,7 @@ it draws from the tokens that are left in order of id.
 import math
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
 import torch
 
@@ -74,9 +75,12 @@ def sample(logits: torch.Tensor, rows: Seq[SamplingRow], native: Native | None =
 
 def _sample_natively(native: Native, logits: torch.Tensor, rows: Seq[SamplingRow]) -> Sampled:
     vocab, params = logits.shape[-1], [row.params for row in rows]
+    seen = [row.seen if row.params.repetition_penalty != 1.0 else () for row in rows]
     tokens, logprobs = native.choose(
         logits,
-        penalise(logits, rows),
+        torch.tensor([p.repetition_penalty for p in params]),
+        torch.tensor([*chain.from_iterable(seen)], dtype=torch.int64),
+        torch.tensor([0, *accumulate(map(len, seen))]),
         torch.tensor([max(p.temperature, _COLDEST) if p.temperature else 0.0 for p in params]),
         torch.tensor([p.top_k or vocab for p in params]),
         torch.tensor([p.top_p for p in params]),

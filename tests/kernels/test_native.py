@@ -145,7 +145,8 @@ def choose(native: Native, logits: torch.Tensor, **settings: float) -> list[int]
     n = len(logits)
     full = {"temperature": 1.0, "top_k": float(logits.shape[1]), "top_p": 1.0} | settings
     return native.choose(
-        logits, logits, torch.full((n,), full["temperature"]), torch.full((n,), int(full["top_k"])),
+        logits, torch.ones(n), torch.zeros(0, dtype=torch.int64), torch.zeros(n + 1, dtype=torch.int64),
+        torch.full((n,), full["temperature"]), torch.full((n,), int(full["top_k"])),
         torch.full((n,), full["top_p"]), (torch.arange(n, dtype=torch.float64) + 0.5) / n,
         torch.zeros(n, dtype=torch.int64),
     )[0]  # fmt: skip
