@@ -1,16 +1,22 @@
 """Brings adapters onto the device, off the decode thread: ABSENT -> LOADING -> READY | REFUSED | FAILED."""
 
 import time
+from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 
 from adapters.adapter import Adapter, AdapterRef
+from adapters.arena import Arena, Place
 from adapters.errors import AdapterError, AdapterRefused, AdapterUnavailable
 from adapters.slots import SlotTable
 
 RETRY_SECONDS = 5.0
+PATIENCE = 16
+"""Polls that an adapter waits for room before those asked for may be evicted for it, and others wait their turn."""
+SLOTS = 4096
+"""Adapters on a device at once, however small they are, and the base."""
 
 
 class AdapterStatus(Enum):
@@ -33,56 +39,84 @@ class ResidencyStats:
     load_seconds: float = 0.0
 
 
-class Residency:
-    """Adapters on the device, at most `capacity`. Every method is called from the engine's thread."""
+@dataclass
+class _Resident:
+    """An adapter that has a slot and a place."""
 
-    def __init__(self, load: Callable[[AdapterRef], Adapter], capacity: int) -> None:
-        """`load` reads one adapter onto the device; it runs on this object's own thread."""
-        self._load = load
-        self._slots = SlotTable(capacity)
+    slot: int
+    place: Place
+    adapter: Adapter | None = None  # once its copy is published
+
+
+@dataclass
+class _Staged:
+    """An adapter in host memory that waits for room on the device."""
+
+    adapter: Adapter
+    seconds: float  # that reading it took
+    polls: int = 0  # that it has waited
+
+
+class Residency:
+    """Adapters on the device, as many as the arena holds. Every method is called from the engine's thread.
+
+    A load reads the adapter into host memory, waits until the arena has room, and is copied there; reading and copying
+    run on a thread of their own, and `poll` publishes what has ended. The least recently used adapter makes room, but
+    none that a running sequence uses, and none that was asked for since the last poll: it is about to run.
+    """
+
+    def __init__(self, load: Callable[[AdapterRef], Adapter], arena: Arena, slots: int = SLOTS) -> None:
+        """`load` reads one adapter into host memory; `slots`: how many adapters may be there at most, plus one."""
+        self._load, self.arena = load, arena
+        self._slots = SlotTable(slots)
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="adapter-load")
-        self._loading: dict[str, tuple[Future[tuple[Adapter, float]], str]] = {}  # digest -> (load, path)
-        self._ready: dict[str, Adapter] = {}
+        self._reading: dict[str, tuple[Future[tuple[Adapter, float]], str]] = {}  # digest -> (load, path)
+        self._staged: OrderedDict[str, _Staged] = OrderedDict()  # first come first served
+        self._copying: dict[
+            str, tuple[Future[tuple[Adapter, float]], float]
+        ] = {}  # digest -> (copy, reading's seconds)
+        self._residents: dict[str, _Resident] = {}
         self._errors: dict[str, tuple[AdapterError, float, str]] = {}  # digest -> (why, when, path)
+        self._wanted: set[str] = set()  # asked for since the last poll
         self.stats = ResidencyStats()
 
     @property
     def loading(self) -> bool:
         """Whether a load is under way."""
-        return bool(self._loading)
+        return bool(self._reading or self._staged or self._copying)
 
     @property
     def resident(self) -> int:
         """How many adapters are READY."""
-        return len(self._ready)
+        return sum(resident.adapter is not None for resident in self._residents.values())
 
     def prefetch(self, ref: AdapterRef) -> AdapterStatus:
-        """Mark `ref` as wanted soon, start loading it if it is absent, and say where it stands.
-
-        ABSENT: every slot is pinned just now.
-        """
+        """Mark `ref` as wanted soon, start loading it if it is absent, and say where it stands."""
         self._forget_failure(ref)
-        has_slot, evicted = self._slots.touch(ref.digest)
-        if evicted is not None:
-            self._ready.pop(evicted, None)
-            self.stats.evictions += 1
-        if has_slot and self.status(ref.digest) is AdapterStatus.ABSENT:
-            self._loading[ref.digest] = self._executor.submit(self._timed_load, ref), ref.path
+        self._wanted.add(ref.digest)
+        self._slots.touch(ref.digest)
+        if self.status(ref.digest) is AdapterStatus.ABSENT:
+            self._reading[ref.digest] = self._executor.submit(_timed, self._load, ref), ref.path
         return self.status(ref.digest)
+
+    def starving(self, digest: str) -> bool:
+        """Whether a loaded adapter has waited for room for more than PATIENCE polls: others keep the arena full."""
+        return digest in self._staged and self._staged[digest].polls > PATIENCE
 
     def pin(self, digest: str) -> None:
         """Keep a READY adapter on the device until `unpin`."""
         self._slots.pin(digest)
 
     def unpin(self, digest: str) -> None:
-        """Undo one `pin`. The adapter stays until its slot is needed."""
+        """Undo one `pin`. The adapter stays until its room is needed."""
         self._slots.unpin(digest)
 
     def status(self, digest: str) -> AdapterStatus:
         """Where the adapter of this digest stands now."""
-        if digest in self._ready:
+        resident = self._residents.get(digest)
+        if resident is not None and resident.adapter is not None:
             return AdapterStatus.READY
-        if digest in self._loading:
+        if resident is not None or digest in self._reading or digest in self._staged:
             return AdapterStatus.LOADING
         if digest in self._errors:
             refused = isinstance(self._errors[digest][0], AdapterRefused)
@@ -90,37 +124,92 @@ class Residency:
         return AdapterStatus.ABSENT
 
     def poll(self) -> None:
-        """Publish the loads that have finished since the last call."""
-        for digest in [d for d, (future, _) in self._loading.items() if future.done()]:
-            future, path = self._loading.pop(digest)
+        """Publish what has ended since the last call, and start copying what has room now."""
+        for digest in [d for d, (future, _) in self._reading.items() if future.done()]:
+            future, path = self._reading.pop(digest)
             error = future.exception()
             if error is None:
-                adapter, seconds = future.result()
+                self._staged[digest] = _Staged(*future.result())
+            else:
+                self._fail(digest, error, path)
+        for digest in [d for d, (future, _) in self._copying.items() if future.done()]:
+            future, seconds = self._copying.pop(digest)
+            error = future.exception()
+            if error is None:
+                self._residents[digest].adapter, more = future.result()
                 self.stats.loads += 1
-                self.stats.load_seconds += seconds
-                if digest in self._slots:
-                    self._ready[digest] = adapter
-                continue
-            if not isinstance(error, AdapterError):
-                error = AdapterUnavailable(f"loading failed: {type(error).__name__}: {error}")
-            self.stats.failures += 1
-            self._errors[digest] = (error, time.monotonic(), path)
+                self.stats.load_seconds += seconds + more
+            else:
+                self._evict(digest)
+                self._fail(digest, error, "")
+        wanted, self._wanted = self._wanted, set()
+        self._place_staged(wanted)
 
     def adapter(self, digest: str) -> Adapter:
-        """The weights of a READY adapter."""
-        return self._ready[digest]
+        """The weights of a READY adapter, in the arena."""
+        resident = self._residents[digest]
+        if resident.adapter is None:
+            raise KeyError(digest)
+        return resident.adapter
+
+    def slot(self, digest: str) -> int:
+        """The slot of a READY adapter."""
+        return self._residents[digest].slot
 
     def error(self, digest: str) -> AdapterError:
         """Why a REFUSED or FAILED adapter isn't READY."""
         return self._errors[digest][0]
 
     def check_integrity(self) -> None:
-        """Raises AssertionError when pins are left while nothing runs."""
+        """Raises AssertionError when slots, pins or places are lost while nothing runs."""
         self._slots.check_integrity()
+        self.arena.check_integrity()
+        assert len(self._slots) == len(self._residents), "a slot without its adapter"
 
     def close(self) -> None:
         """Stop the loading thread."""
         self._executor.shutdown(wait=True, cancel_futures=True)
+
+    def _place_staged(self, wanted: set[str]) -> None:
+        """In order of arrival: the first that finds no room holds up the others, or larger ones would never get any."""
+        while self._staged:
+            digest, staged = next(iter(self._staged.items()))
+            try:
+                place = self._make_room(staged.adapter, set() if self.starving(digest) else wanted)
+            except AdapterRefused as error:
+                del self._staged[digest]
+                self._fail(digest, error, "")
+                continue
+            if place is None and digest in wanted:
+                staged.polls += 1
+                return
+            del self._staged[digest]  # placed, or nobody waits for it any more
+            if place is not None:
+                self._residents[digest] = _Resident(self._slots.add(digest), place)
+                copy = self._executor.submit(_timed, self.arena.fill, staged.adapter, place)
+                self._copying[digest] = copy, staged.seconds
+
+    def _make_room(self, adapter: Adapter, keep: set[str]) -> Place | None:
+        """A place for `adapter`, evicting others; None while all that is left is pinned, being copied or in `keep`."""
+        while True:
+            place = None if self._slots.full else self.arena.reserve(adapter)
+            if place is not None:
+                return place
+            victim = self._slots.victim(keep | self._copying.keys())
+            if victim is None:
+                return None
+            self._evict(victim)
+            self.stats.evictions += 1
+
+    def _evict(self, digest: str) -> None:
+        self.arena.free(self._residents.pop(digest).place)
+        self._slots.remove(digest)
+
+    def _fail(self, digest: str, error: BaseException, path: str) -> None:
+        if not isinstance(error, AdapterError):
+            error = AdapterUnavailable(f"loading failed: {type(error).__name__}: {error}")
+        self.stats.failures += 1
+        self._errors[digest] = (error, time.monotonic(), path)
 
     def _forget_failure(self, ref: AdapterRef) -> None:
         """Forget an I/O error that is old, or of another folder with the same content."""
@@ -128,6 +217,7 @@ class Residency:
         if isinstance(error, AdapterUnavailable) and (path != ref.path or time.monotonic() - when >= RETRY_SECONDS):
             del self._errors[ref.digest]
 
-    def _timed_load(self, ref: AdapterRef) -> tuple[Adapter, float]:
-        start = time.perf_counter()
-        return self._load(ref), time.perf_counter() - start
+
+def _timed(work: Callable[..., Adapter], *arguments: object) -> tuple[Adapter, float]:
+    start = time.perf_counter()
+    return work(*arguments), time.perf_counter() - start

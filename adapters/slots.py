@@ -1,53 +1,78 @@
-"""Slot table: which adapter holds which place on the device. Knows no tensors.
+"""Slot table: which adapter holds which slot on the device, who is in use, who goes first. Knows no tensors.
 
-An adapter that a running sequence uses is pinned; the least recently used unpinned one makes room.
+Slot 0 is the base's and is never handed out.
 """
 
+import heapq
 from collections import OrderedDict
+from collections.abc import Container
+from dataclasses import dataclass
+
+
+@dataclass
+class Slot:
+    """An adapter's place on the device."""
+
+    index: int
+    pins: int = 0  # running sequences that use it
 
 
 class SlotTable:
-    """A bounded table of digests with pin counts, in order of last use."""
+    """A bounded table of digests in order of last use."""
 
-    def __init__(self, capacity: int) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity is {capacity}, expected at least 1")
-        self.capacity = capacity
-        self._pins: OrderedDict[str, int] = OrderedDict()  # oldest use first
+    def __init__(self, count: int) -> None:
+        """`count`: slots in all, the base's included."""
+        if count < 2:
+            raise ValueError(f"{count} slots: the base takes one, and an adapter needs one")
+        self.count = count
+        self._free = list(range(1, count))
+        self._slots: OrderedDict[str, Slot] = OrderedDict()  # oldest use first
 
     def __contains__(self, digest: str) -> bool:
-        return digest in self._pins
+        return digest in self._slots
 
     def __len__(self) -> int:
-        return len(self._pins)
+        return len(self._slots)
 
-    def touch(self, digest: str) -> tuple[bool, str | None]:
-        """Mark `digest` as used now, taking a slot for it if it has none.
+    @property
+    def full(self) -> bool:
+        """Whether no slot is free."""
+        return not self._free
 
-        Returns (whether it has a slot, the digest evicted for it or None). Every slot pinned: (False, None).
-        """
-        evicted = None
-        if digest not in self._pins:
-            if len(self._pins) >= self.capacity:
-                evicted = next((d for d, pins in self._pins.items() if pins == 0), None)
-                if evicted is None:
-                    return False, None
-                del self._pins[evicted]
-            self._pins[digest] = 0
-        self._pins.move_to_end(digest)
-        return True, evicted
+    def add(self, digest: str) -> int:
+        """Take the lowest free slot for `digest`, as used now; its index. Raises IndexError when none is free."""
+        self._slots[digest] = Slot(heapq.heappop(self._free))
+        return self._slots[digest].index
+
+    def touch(self, digest: str) -> None:
+        """Mark a digest as used now, if it has a slot."""
+        if digest in self._slots:
+            self._slots.move_to_end(digest)
+
+    def remove(self, digest: str) -> None:
+        """Give an unpinned digest's slot back."""
+        slot = self._slots.pop(digest)
+        assert not slot.pins, f"{digest} is pinned"
+        heapq.heappush(self._free, slot.index)
+
+    def victim(self, keep: Container[str]) -> str | None:
+        """The least recently used digest that is neither pinned nor in `keep`."""
+        return next((digest for digest, slot in self._slots.items() if not slot.pins and digest not in keep), None)
 
     def pin(self, digest: str) -> None:
         """Keep a digest that has a slot. Raises KeyError when it has none."""
-        self._pins[digest] += 1
+        self._slots[digest].pins += 1
 
     def unpin(self, digest: str) -> None:
         """Release one pin. The adapter stays until its slot is needed."""
-        if self._pins.get(digest, 0) < 1:
+        slot = self._slots.get(digest)
+        if slot is None or not slot.pins:
             raise ValueError(f"{digest} is not pinned")
-        self._pins[digest] -= 1
+        slot.pins -= 1
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the table contradicts itself; called when the engine is idle."""
-        assert len(self._pins) <= self.capacity, f"{len(self._pins)} slots used of {self.capacity}"
-        assert all(pins == 0 for pins in self._pins.values()), f"pinned while idle: {self._pins}"
+        taken = sorted([*self._free, *(slot.index for slot in self._slots.values())])
+        assert taken == list(range(1, self.count)), "slots were lost or given twice"
+        pinned = {digest: slot.pins for digest, slot in self._slots.items() if slot.pins}
+        assert not pinned, f"pinned while idle: {pinned}"

@@ -1,4 +1,4 @@
-"""Reads an adapter's tensors, proves they have an effect, and readies them for computing."""
+"""Reads an adapter's tensors into host memory, proves they have an effect, and readies them for computing."""
 
 from pathlib import Path
 
@@ -11,8 +11,8 @@ from adapters.tensorfile import open_tensors
 from adapters.validation import WEIGHTS_FILE, inspect_adapter
 
 
-def load_adapter(ref: AdapterRef, shape: BaseShape, device: torch.device, dtype: torch.dtype) -> Adapter:
-    """Read the adapter at `ref.path` onto `device`; its content must still be `ref.digest`.
+def load_adapter(ref: AdapterRef, shape: BaseShape, dtype: torch.dtype) -> Adapter:
+    """Read the adapter at `ref.path` into host memory; its content must still be `ref.digest`.
 
     The scaling (alpha / r, or alpha / sqrt(r) for rsLoRA) is folded into B in fp32 before the cast to `dtype`.
     Raises AdapterRefused or AdapterUnavailable.
@@ -35,7 +35,7 @@ def load_adapter(ref: AdapterRef, shape: BaseShape, device: torch.device, dtype:
                 a: torch.Tensor = file.get_tensor(module.a_name).float()
                 b: torch.Tensor = file.get_tensor(module.b_name).float()
                 b = (b * module.scaling).T.contiguous()  # [rank, out]
-                cast = {module.a_name: a.to(dtype), module.b_name: b.to(dtype)}
+                cast = {module.a_name: a.to(dtype, copy=True), module.b_name: b.to(dtype)}
                 for name, tensor in cast.items():
                     if not torch.isfinite(tensor).all():
                         raise AdapterRefused(
@@ -43,7 +43,7 @@ def load_adapter(ref: AdapterRef, shape: BaseShape, device: torch.device, dtype:
                             f"(scaling {module.scaling:g})"
                         )
                 changes = changes or bool((a.any() & b.any()).item() and (b.T @ a).any())
-                adapter.pairs[module.key] = LoraPair(*(t.to(device, copy=True) for t in cast.values()))
+                adapter.pairs[module.key] = LoraPair(*cast.values())
     except (SafetensorError, OSError) as error:
         raise AdapterUnavailable(f"{WEIGHTS_FILE} of {ref.name!r} can't be read: {error}") from error
     if not changes:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from adapters.adapter import Adapter, AdapterRef, LoraPair, ModuleKey
+from adapters.arena import Arena
 from adapters.residency import Residency
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
@@ -63,12 +64,17 @@ def make_adapter(ref: AdapterRef, model: GPT2, rank: int = RANK) -> Adapter:
     return Adapter(ref.digest, pairs)
 
 
-def make_engine(model: GPT2, batch: int, max_len: int, resident: int | None = None) -> Engine:
-    """The engine alone over `model`, its adapters random."""
-    resident = max(resident or 0, 2 * batch)
-    residency = Residency(lambda ref: make_adapter(ref, model), resident)
+def adapter_bytes(model: GPT2, rank: int = RANK) -> int:
+    """What an adapter of `make_adapter` takes on the device."""
+    shape = model.config.adapter_shape
+    return shape.n_layer * rank * sum(sum(shape.in_out(target)) for target in TARGETS) * model.dtype.itemsize
+
+
+def make_engine(model: GPT2, batch: int, max_len: int, memory: int = 1 << 30) -> Engine:
+    """The engine alone over `model`, its adapters random; `memory`: bytes of the adapters' arena."""
+    residency = Residency(lambda ref: make_adapter(ref, model), Arena(memory, CPU, model.dtype))
     kv_cache = KVCache(model.config, batch, max_len, CPU, model.dtype)
-    config = EngineConfig(batch, max_len, max(512, batch), resident)
+    config = EngineConfig(batch, max_len, max(512, batch), memory)
     return Engine(config, ModelRunner(model, kv_cache, residency), residency, None, [])
 
 

@@ -62,7 +62,7 @@ class Native:
             [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, *[c_int64] * 4],
         )
         attend = [c_void_p] * 6 + [c_int64] * 4 + [c_float]
-        lora = [c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_void_p, c_void_p, *[c_int64] * 3]
+        lora = [c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 3]
         self._pack = {dtype: f(f"pack_{s}", pack) for dtype, s in _SUFFIX.items()}
         self._linear = {(dtype, dtype): f(f"linear_{s}", linear) for dtype, s in _SUFFIX.items()}
         self._linear[torch.bfloat16, torch.float32] = f("linear_bf16_f32", linear)
@@ -130,14 +130,16 @@ class Native:
         self._gelu[x.dtype](x.data_ptr(), x.numel())
         return x
 
-    def lora(self, x: torch.Tensor, y: torch.Tensor, a: torch.Tensor, b: torch.Tensor, ranks: torch.Tensor) -> None:
-        """y [M, N] += each row's (x A^T) B.
+    def lora(self, x: torch.Tensor, y: torch.Tensor, lines: int, count: int) -> None:
+        """y[n] += (x[n] A^T) B for the rows n of `count` lines; x [M, K], y [M, N].
 
-        a, b [M] int64: addresses of the row's A [r, K] and B [r, N]; ranks [M] int64, 0 where it has none.
+        lines: address of int64 [4, count]: row n, addresses of its A [r, K] and B [r, N], rank r. Lines of one adapter
+        should stand together.
         """
+        step = 8 * count
         self._lora[x.dtype](
-            x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), a.data_ptr(), b.data_ptr(), ranks.data_ptr(),
-            x.shape[0], x.shape[1], y.shape[1],
+            x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), lines, lines + step, lines + 2 * step,
+            lines + 3 * step, count, x.shape[1], y.shape[1],
         )  # fmt: skip
 
     def choose(

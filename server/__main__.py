@@ -65,7 +65,6 @@ def _served(settings: Settings, model_dir: Path) -> Served:
         )
     store = AdapterStore(settings.adapters_dir, config.adapter_shape, frozenset({name, "base", OTHER}))
     store.all()
-    resident = settings.max_resident_adapters or max(128, 2 * settings.max_batch_size)
     return Served(
         settings=settings,
         model_name=name,
@@ -74,7 +73,7 @@ def _served(settings: Settings, model_dir: Path) -> Served:
         tokenizer=tokenizer,
         vocabulary=tokenizer.vocabulary(config.vocab_size),
         store=store,
-        metrics=Metrics(name, resident),
+        metrics=Metrics(name, settings.max_batch_size),
         version=importlib.metadata.version("chorus-serve"),
         created=time.time(),
     )

@@ -68,6 +68,7 @@ class Metrics:
             "chorus_adapter_generation_tokens", f"Tokens generated, by adapter: {by_adapter}.", ("adapter",)
         )
         self.resident = self._gauge("chorus_adapters_resident", "Adapters on the device.")
+        self.resident_bytes = self._gauge("chorus_adapter_memory_bytes", "Of --adapter-memory, what adapters take.")
         self.loads = self._counter("chorus_adapter_loads", "Adapters loaded onto the device.")
         self.load_failures = self._counter("chorus_adapter_load_failures", "Loads that were refused or failed.")
         self.load_seconds = self._counter("chorus_adapter_load_seconds", "Time spent loading adapters.")
@@ -98,6 +99,7 @@ class Metrics:
         for seconds in stats.inter_token_latencies:
             self.itl.labels(self._model).observe(seconds)
         self.resident.labels(self._model).set(stats.resident_adapters)
+        self.resident_bytes.labels(self._model).set(stats.resident_adapter_bytes)
         self._follow(self.loads, "loads", stats.adapter_loads)
         self._follow(self.load_failures, "failures", stats.adapter_load_failures)
         self._follow(self.load_seconds, "seconds", stats.adapter_load_seconds)

@@ -76,7 +76,6 @@ def make_engine(base: Path, **limits: int) -> Engine:
     """Our engine on the same checkpoint, fp32 on the CPU."""
     limits.setdefault("max_model_len", OurConfig.read(base).n_positions)
     limits.setdefault("max_batch_size", 8)
-    limits.setdefault("max_resident_adapters", max(32, 2 * limits["max_batch_size"]))
     return build_engine(base, EngineConfig(**limits), torch.device("cpu"), torch.float32, TOKEN_BYTES, KERNELS)
 
 

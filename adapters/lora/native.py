@@ -2,8 +2,8 @@
 
     y[n] += (x[n] A_n^T) B_n        A_n [r, in], B_n [r, out]; nothing is stacked, masked or padded
 
-A batch holds, for each module, the addresses of every row's A and B and its rank. They change only when rows change
-hands, so the last batch is kept.
+A batch holds, for each module, a line for every row that it changes: the row, the addresses of A and B, the rank;
+sorted by adapter. They change only when rows change hands, so the last batch is kept.
 """
 
 import weakref
@@ -18,16 +18,15 @@ from kernels.native import MAX_RANK, Native
 class NativeLoraBatch:
     """One forward's adapters, as addresses."""
 
-    def __init__(self, native: Native, modules: dict[ModuleKey, int], table: torch.Tensor) -> None:
-        """modules: place of each in the table; table [modules, 3, N] int64: address of A, address of B, rank."""
-        self._native, self._modules, self._table = native, modules, table
+    def __init__(self, native: Native, lines: dict[ModuleKey, torch.Tensor]) -> None:
+        """lines: for each module, int64 [4, rows that it changes]: row, address of A, address of B, rank."""
+        self._native, self._kept = native, lines
+        self._lines = {key: (table.data_ptr(), table.shape[1]) for key, table in lines.items()}
 
     def add(self, y: torch.Tensor, x: torch.Tensor, key: ModuleKey) -> None:
         """y [N, out] += each row's adapter applied to x [N, in], for module `key`; in place."""
-        place = self._modules.get(key)
-        if place is not None:
-            a, b, ranks = self._table[place]
-            self._native.lora(x, y, a, b, ranks)
+        if (line := self._lines.get(key)) is not None:
+            self._native.lora(x, y, *line)
 
 
 class NativeLora:
@@ -49,13 +48,18 @@ class NativeLora:
         return batch
 
     def _build(self, row_adapters: Sequence[Adapter | None], distinct: list[Adapter]) -> NativeLoraBatch:
-        modules = {key: place for place, key in enumerate(sorted({key for a in distinct for key in a.pairs}))}
-        none = (0, 0, 0)
-        lines = [[found.get(key, none) for key in modules] for found in map(self._look_up, distinct)]
-        of_adapter = torch.tensor([*lines, [none] * len(modules)])  # [adapters + 1, modules, 3]; the base is last
         index = {id(adapter): i for i, adapter in enumerate(distinct)}
-        rows = torch.tensor([len(distinct) if a is None else index[id(a)] for a in row_adapters])
-        return NativeLoraBatch(self._native, modules, of_adapter[rows].permute(1, 2, 0).contiguous())
+        owner = torch.tensor([-1 if a is None else index[id(a)] for a in row_adapters])  # [N]
+        rows = owner.argsort(stable=True)[int((owner < 0).sum()) :]  # of adapters, those of one together
+        modules = sorted({key for adapter in distinct for key in adapter.pairs})
+        none = (0, 0, 0)
+        found = [[held.get(key, none) for key in modules] for held in map(self._look_up, distinct)]
+        table = torch.tensor(found).permute(1, 2, 0)[:, :, owner[rows]]  # [modules, 3, rows]
+        lines = torch.cat([rows.expand(len(modules), 1, -1), table], 1)  # [modules, 4, rows]
+        return NativeLoraBatch(
+            self._native,
+            {key: line[:, line[3] > 0].contiguous() for key, line in zip(modules, lines, strict=True)},
+        )
 
     def _look_up(self, adapter: Adapter) -> dict[ModuleKey, tuple[int, int, int]]:
         held = self._addresses.get(id(adapter))

@@ -56,9 +56,9 @@ API int64_t chorus_panel(const Kernels* kernels) { return kernels->panel; }
 #define GELU(suffix, T) EXPORT(gelu_##suffix, (SELF, T* x, int64_t n), (x, n))
 #define LORA(suffix, T) \
   EXPORT(lora_##suffix, \
-         (SELF, const T* x, int64_t ldx, T* y, int64_t ldy, const T* const* a, const T* const* b, \
+         (SELF, const T* x, int64_t ldx, T* y, int64_t ldy, const int64_t* rows, const T* const* a, const T* const* b, \
           const int64_t* ranks, int64_t M, int64_t K, int64_t N), \
-         (x, ldx, y, ldy, a, b, ranks, M, K, N))
+         (x, ldx, y, ldy, rows, a, b, ranks, M, K, N))
 
 PACK(f32, float)
 PACK(bf16, bf16)

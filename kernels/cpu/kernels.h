@@ -1,5 +1,7 @@
 // What every instruction set offers. All matrices are row-major; ld* are strides between rows, in elements.
 #pragma once
+#include <omp.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -45,8 +47,8 @@ using Norm = void (*)(T* x, const T* delta, const float* w, const float* b, floa
 template <typename T>
 using Gelu = void (*)(T* x, int64_t n);
 template <typename T>
-using Lora = void (*)(const T* x, int64_t ldx, T* y, int64_t ldy, const T* const* a, const T* const* b,
-                      const int64_t* ranks, int64_t M, int64_t K, int64_t N);
+using Lora = void (*)(const T* x, int64_t ldx, T* y, int64_t ldy, const int64_t* rows, const T* const* a,
+                      const T* const* b, const int64_t* ranks, int64_t M, int64_t K, int64_t N);
 
 using Choose = void (*)(const float* raw, int64_t S, int64_t V, const float* penalty, const int64_t* seen,
                         const int64_t* seen_from, const float* temperature, const int64_t* top_k, const float* top_p,

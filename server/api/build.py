@@ -42,7 +42,7 @@ def engine_config(settings: Settings, config: GPT2Config) -> EngineConfig:
         max_batch_size=batch,
         max_model_len=settings.max_model_len or config.n_positions,
         max_batch_tokens=max(512, 2 * batch),
-        max_resident_adapters=settings.max_resident_adapters or max(128, 2 * batch),
+        adapter_memory=int(settings.adapter_memory),
     )
 
 

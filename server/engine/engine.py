@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from adapters.adapter import Adapter, AdapterRef
+from adapters.arena import Arena
 from adapters.residency import Residency
 from adapters.weights import load_adapter
 from server.engine.config import EngineConfig
@@ -119,6 +121,7 @@ class Engine:
             running_adapters=_adapter_names(scheduler.running.values()),
             waiting_adapters=_adapter_names(waiting),
             resident_adapters=self._residency.resident,
+            resident_adapter_bytes=self._residency.arena.used_bytes,
             adapter_loads=loads.loads,
             adapter_load_failures=loads.failures,
             adapter_evictions=loads.evictions,
@@ -147,7 +150,14 @@ def build_engine(
         )
     kv_cache = KVCache(model.config, config.max_batch_size, config.max_model_len, device, dtype)
     shape = model.config.adapter_shape
-    residency = Residency(lambda ref: load_adapter(ref, shape, device, dtype), config.max_resident_adapters)
+    arena = Arena(config.adapter_memory, device, dtype)
+    torch.get_num_threads()  # settled for this thread, before the loading one takes a single one for itself
+
+    def load(ref: AdapterRef) -> Adapter:
+        torch.set_num_threads(1)  # of the calling thread: loads don't compete with the step for every core
+        return load_adapter(ref, shape, dtype)
+
+    residency = Residency(load, arena)
     runner = ModelRunner(model, kv_cache, residency)
     return Engine(config, runner, residency, model.config.eos_token_id, vocab, model.nbytes, model.backend.name)
 

@@ -84,6 +84,7 @@ class StepStats:
     running_adapters: tuple[str, ...] = ()
     waiting_adapters: tuple[str, ...] = ()
     resident_adapters: int = 0
+    resident_adapter_bytes: int = 0  # of the arena, adapters being copied included
     adapter_loads: int = 0  # totals since the engine started
     adapter_load_failures: int = 0
     adapter_evictions: int = 0

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
-from adapters.adapter import ModuleKey
+from adapters.adapter import TARGETS, ModuleKey
 from server.model.backend import Backend, Embedding, Linear, Norm
 from server.model.config import GPT2Config
 
@@ -76,6 +76,7 @@ class GPT2:
         self.config, self.backend = config, backend
         self.wte, self.wpe, self.layers = wte, wpe, layers
         self.ln_f = ln_f
+        self._keys = [[ModuleKey(i, target) for target in TARGETS] for i in range(len(layers))]
         self._activation = backend.activation(config.activation_function)
 
     @property
@@ -103,15 +104,15 @@ class GPT2:
         """
         x = self.wte.rows(batch.token_ids) + self.wpe[batch.positions]  # [N, d]
         delta = None  # what the last projection adds to x [N, d]
-        for i, w in enumerate(self.layers):
+        for i, (w, (c_attn, c_proj, c_fc, mlp_c_proj)) in enumerate(zip(self.layers, self._keys, strict=True)):
             h = w.ln_1(x, delta)
-            qkv = _project(h, w.attn_c_attn, ModuleKey(i, "attn.c_attn"), lora)
+            qkv = _project(h, w.attn_c_attn, c_attn, lora)
             h = self._attend(i, qkv, batch, k_cache[i], v_cache[i])  # [N, d]
-            delta = _project(h, w.attn_c_proj, ModuleKey(i, "attn.c_proj"), lora)
+            delta = _project(h, w.attn_c_proj, c_proj, lora)
             h = w.ln_2(x, delta)
-            h = _project(h, w.mlp_c_fc, ModuleKey(i, "mlp.c_fc"), lora)
+            h = _project(h, w.mlp_c_fc, c_fc, lora)
             h = self._activation(h)  # [N, inner]
-            delta = _project(h, w.mlp_c_proj, ModuleKey(i, "mlp.c_proj"), lora)
+            delta = _project(h, w.mlp_c_proj, mlp_c_proj, lora)
         if delta is not None:
             x += delta
         return self.wte.logits(self.ln_f(x[batch.output_index]))  # [S, V]

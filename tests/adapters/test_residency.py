@@ -5,14 +5,17 @@ import time
 from collections.abc import Iterator
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import adapters.residency as residency_module
 from adapters.adapter import Adapter, AdapterRef
+from adapters.arena import Arena
 from adapters.errors import AdapterRefused, AdapterUnavailable
 from adapters.residency import AdapterStatus, Residency
 from adapters.slots import SlotTable
+from tests.engine.toy import ADAPTER_BYTES, CPU, toy_adapter
 
 
 class Loader:
@@ -31,7 +34,7 @@ class Loader:
         self.loaded.append(ref.digest)
         if ref.digest in self.errors:
             raise self.errors[ref.digest]
-        return Adapter(ref.digest, {})
+        return toy_adapter(ref.digest)
 
 
 @pytest.fixture
@@ -41,7 +44,7 @@ def loader() -> Loader:
 
 @pytest.fixture
 def residency(loader: Loader) -> Iterator[Residency]:
-    made = Residency(loader, capacity=2)
+    made = Residency(loader, Arena(2 * ADAPTER_BYTES, CPU, torch.float32))
     yield made
     loader.gate.set()
     made.close()
@@ -130,18 +133,86 @@ def test_a_pinned_one_stays(residency: Residency) -> None:
     assert residency.status("a") is AdapterStatus.ABSENT
 
 
-def test_with_every_slot_pinned_nothing_is_loaded_or_lost(residency: Residency, loader: Loader) -> None:
+def test_with_everything_pinned_a_load_waits_and_nothing_is_lost(residency: Residency, loader: Loader) -> None:
     ready(residency, "a", "b")
     residency.pin("a")
     residency.pin("b")
-    assert residency.prefetch(ref("c")) is AdapterStatus.ABSENT
-    assert not residency.loading
+    for _ in range(200):
+        assert residency.prefetch(ref("c")) is AdapterStatus.LOADING
+        residency.poll()
+        time.sleep(0.0005)
     assert residency.resident == 2
+    assert residency.starving("c")
     with pytest.raises(AssertionError, match="pinned while idle"):
         residency.check_integrity()
     residency.unpin("b")
     ready(residency, "c")
-    assert loader.loaded == ["a", "b", "c"]
+    assert not residency.starving("c")
+    assert loader.loaded == ["a", "b", "c"], "read once, however long it waited"
+    residency.unpin("a")
+    residency.check_integrity()
+
+
+def test_a_load_that_nobody_waits_for_any_more_is_dropped(residency: Residency) -> None:
+    ready(residency, "a", "b")
+    residency.pin("a")
+    residency.pin("b")
+    residency.prefetch(ref("c"))
+    settle(residency)
+    assert residency.status("c") is AdapterStatus.ABSENT
+
+
+def test_what_is_asked_for_stays_while_others_load(residency: Residency) -> None:
+    """What was asked for since the last poll is about to run: only one that starves may take its room."""
+    ready(residency, "a", "b")
+    residency.prefetch(ref("c"))
+    deadline = time.monotonic() + 10
+    while not residency.starving("c"):
+        assert time.monotonic() < deadline, "c should wait for room"
+        assert residency.resident == 2
+        for digest in "abc":
+            residency.prefetch(ref(digest))
+        residency.poll()
+    for digest in "abc":
+        residency.prefetch(ref(digest))
+    settle(residency)
+    assert residency.status("c") is AdapterStatus.READY
+    assert residency.status("a") is AdapterStatus.ABSENT
+
+
+def test_an_adapter_larger_than_the_arena_is_refused_with_both_numbers(loader: Loader) -> None:
+    residency = Residency(loader, Arena(ADAPTER_BYTES - 128, CPU, torch.float32))
+    residency.prefetch(ref("a"))
+    settle(residency)
+    assert residency.status("a") is AdapterStatus.REFUSED
+    assert str(residency.error("a")) == (
+        "the adapter takes 256 bytes on the device, the arena holds 128: raise --adapter-memory"
+    )
+    residency.close()
+
+
+def test_slots_run_out_before_memory(loader: Loader) -> None:
+    residency = Residency(loader, Arena(8 * ADAPTER_BYTES, CPU, torch.float32), slots=3)
+    ready(residency, "a", "b", "c")
+    assert residency.resident == 2
+    assert residency.status("a") is AdapterStatus.ABSENT
+    assert {residency.slot("b"), residency.slot("c")} == {1, 2}, "slot 0 is the base's"
+    residency.check_integrity()
+    residency.close()
+
+
+def test_a_copy_that_fails_gives_its_room_back(residency: Residency, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(adapter: Adapter, place: object) -> Adapter:
+        raise RuntimeError("copy engine")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(residency.arena, "fill", broken)
+        residency.prefetch(ref("a"))
+        settle(residency)
+    assert str(residency.error("a")) == "loading failed: RuntimeError: copy engine"
+    assert residency.arena.used_bytes == 0
+    ready(residency, "b", "c")
+    residency.check_integrity()
 
 
 def test_pins_that_were_never_taken_are_an_error(residency: Residency) -> None:
@@ -150,18 +221,6 @@ def test_pins_that_were_never_taken_are_an_error(residency: Residency) -> None:
         residency.unpin("a")
     with pytest.raises(KeyError):
         residency.pin("never seen")
-
-
-def test_a_load_evicted_before_it_ended_is_not_published(residency: Residency, loader: Loader) -> None:
-    loader.gate.clear()
-    for digest in ("a", "b", "c"):
-        residency.prefetch(ref(digest))
-    loader.gate.set()
-    settle(residency)
-    assert residency.status("a") is AdapterStatus.ABSENT
-    assert residency.resident == 2
-    ready(residency, "a")
-    assert loader.loaded == ["a", "b", "c", "a"]
 
 
 def test_a_refused_one_fails_alone_and_for_good(residency: Residency, loader: Loader) -> None:
@@ -207,29 +266,40 @@ def test_failures_leave_room_for_others(residency: Residency, loader: Loader) ->
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)
-@given(st.integers(1, 4), st.lists(st.tuples(st.sampled_from("tpu"), st.sampled_from("abcdef")), max_size=60))
-def test_the_slot_table_keeps_its_promises(capacity: int, actions: list[tuple[str, str]]) -> None:
+@given(st.integers(2, 5), st.lists(st.tuples(st.sampled_from("atpuv"), st.sampled_from("abcdef")), max_size=60))
+def test_the_slot_table_keeps_its_promises(count: int, actions: list[tuple[str, str]]) -> None:
     """Against a plain model: a list in order of use, and a count of pins."""
-    table, order, pins = SlotTable(capacity), list[str](), dict[str, int]()
+    table, order, pins, indices = SlotTable(count), list[str](), dict[str, int](), dict[str, int]()
     for action, digest in actions:
-        if action == "t":
-            free = next((d for d in order if not pins[d]), None)
-            evicted = free if digest not in order and len(order) == capacity else None
-            has_slot = digest in order or len(order) < capacity or evicted is not None
-            assert table.touch(digest) == (has_slot, evicted)
-            if has_slot:
-                order = [d for d in order if d not in (digest, evicted)] + [digest]
-                pins.setdefault(digest, 0)
+        if action == "a" and digest not in order and len(order) < count - 1:
+            indices[digest] = table.add(digest)
+            order.append(digest)
+            pins[digest] = 0
+        elif action == "t":
+            table.touch(digest)
+            order = [d for d in order if d != digest] + [digest] * (digest in order)
         elif action == "p" and digest in order:
             table.pin(digest)
             pins[digest] += 1
         elif action == "u" and pins.get(digest):
             table.unpin(digest)
             pins[digest] -= 1
+        elif action == "v":
+            victim = table.victim({digest})
+            assert victim == next((d for d in order if not pins[d] and d != digest), None)
+            if victim is not None:
+                table.remove(victim)
+                order.remove(victim)
+                del pins[victim], indices[victim]
         assert {d for d in "abcdef" if d in table} == set(order)
-        assert len(table) == len(order)
+        assert (len(table), table.full) == (len(order), len(order) == count - 1)
+        assert len(set(indices.values()) - {0}) == len(order), "an index each, and never the base's"
+    for digest, held in pins.items():
+        for _ in range(held):
+            table.unpin(digest)
+    table.check_integrity()
 
 
 def test_a_table_without_places_is_refused() -> None:
-    with pytest.raises(ValueError, match="capacity is 0"):
-        SlotTable(0)
+    with pytest.raises(ValueError, match="1 slots: the base takes one"):
+        SlotTable(1)

@@ -13,12 +13,11 @@ from adapters.validation import WEIGHTS_FILE
 from adapters.weights import load_adapter
 from tests.adapters.support import PREFIX, SHAPE, ref_of, tensors, write_adapter
 
-CPU = torch.device("cpu")
 NAMES = sorted(tensors())
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32):
-    return load_adapter(ref_of(folder), SHAPE, CPU, dtype)
+    return load_adapter(ref_of(folder), SHAPE, dtype)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16])
@@ -106,15 +105,15 @@ def test_what_changed_on_disk_is_not_served_under_the_old_digest(what: str, tmp_
     write_adapter(tmp_path, tensors(seed=1)) if what == "weights" else write_adapter(tmp_path, lora_alpha=9)
     now = ref_of(tmp_path).digest
     with pytest.raises(AdapterUnavailable, match=f"changed on disk .*{ref.digest[:12]} then, {now[:12]} now"):
-        load_adapter(ref, SHAPE, CPU, torch.float32)
+        load_adapter(ref, SHAPE, torch.float32)
     write_adapter(tmp_path)
-    assert load_adapter(ref, SHAPE, CPU, torch.float32).digest == ref.digest, "the old content is back"
+    assert load_adapter(ref, SHAPE, torch.float32).digest == ref.digest, "the old content is back"
 
 
 def test_what_is_gone_from_disk_may_come_back(tmp_path: Path) -> None:
     ref = ref_of(write_adapter(tmp_path))
     (tmp_path / WEIGHTS_FILE).unlink()
     with pytest.raises(AdapterUnavailable, match=f"no {WEIGHTS_FILE}"):
-        load_adapter(ref, SHAPE, CPU, torch.float32)
+        load_adapter(ref, SHAPE, torch.float32)
     write_adapter(tmp_path)
-    assert load_adapter(ref, SHAPE, CPU, torch.float32).digest == ref.digest
+    assert load_adapter(ref, SHAPE, torch.float32).digest == ref.digest

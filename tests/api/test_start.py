@@ -16,14 +16,13 @@ def no_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "ChorusServer", lambda *_: pytest.fail("a server was made"))
 
 
-def test_fewer_resident_adapters_than_two_batches_hold_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["--max-resident-adapters", "3"]) == 2
-    line = capsys.readouterr().err
-    assert line.startswith("--max-resident-adapters: must be at least 64, twice --max-batch-size")
-    assert "'3'" in line
-    assert cli.main(["--max-resident-adapters", "3", "--max-batch-size", "0"]) == 2
-    assert capsys.readouterr().err.startswith("--max-batch-size: "), "the wrong one is named, not the one beside it"
-    assert cli.read_settings(["--max-resident-adapters", "64"]).max_resident_adapters == 64
+def test_the_adapters_memory_is_read_as_a_size_and_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.read_settings(["--adapter-memory", "1.5GiB"]).adapter_memory == 3 << 29
+    for value in ("12", "lots"):
+        assert cli.main(["--adapter-memory", value]) == 2
+        line = capsys.readouterr().err
+        assert line.startswith("--adapter-memory: ")
+        assert f"'{value}'" in line
 
 
 def test_more_positions_than_the_model_has_exits_2(caplog: pytest.LogCaptureFixture) -> None:

@@ -162,7 +162,7 @@ def test_no_process_outlives_main(start) -> None:
         (["--port", "80"], ["--port", "1024", "80"]),
         (["--device", "tpu"], ["--device", "tpu"]),
         (["--api-key", " "], ["--api-key", "blank"]),
-        (["--max-batch-size", "64", "--max-resident-adapters", "3"], ["--max-resident-adapters", "3", "128"]),
+        (["--adapter-memory", "3"], ["--adapter-memory", "3", "1048576"]),
     ],
 )
 def test_a_server_that_cannot_start_says_why(start, flags: list[str], told: list[str]) -> None:

@@ -121,7 +121,7 @@ def test_what_does_not_fit_is_refused(toys: Toys, prompt: int, count: int) -> No
         ({"max_model_len": 0}, "max_model_len is 0"),
         ({"max_batch_tokens": -1}, "max_batch_tokens is -1"),
         ({"max_batch_size": 8, "max_batch_tokens": 7}, "max_batch_tokens 7 is less than max_batch_size 8"),
-        ({"max_batch_size": 8, "max_resident_adapters": 15}, "max_resident_adapters 15 is less than twice"),
+        ({"adapter_memory": 0}, "adapter_memory is 0"),
     ],
 )
 def test_limits_that_contradict_each_other_are_refused(limits: dict[str, int], message: str) -> None:

@@ -12,7 +12,7 @@ BATCH, TOKENS, COLD = 8, 4, 200
 
 def test_a_hot_adapter_with_a_full_queue_does_not_starve_two_hundred_cold_ones(toys: Toys) -> None:
     """Turns go round, so a cold request waits for at most one turn of each other adapter, not for the hot queue."""
-    toy = toys(max_batch_size=BATCH, max_resident_adapters=2 * BATCH)
+    toy = toys(max_batch_size=BATCH, resident=2 * BATCH)
     for i in range(1000):
         toy.add(f"hot{i}", "hot", max_tokens=TOKENS)
     for i in range(COLD):
@@ -33,7 +33,7 @@ def test_a_hot_adapter_with_a_full_queue_does_not_starve_two_hundred_cold_ones(t
 @given(seed=st.integers(0, 10_000), batch=st.integers(1, 4), abort=st.sampled_from([0.0, 0.1, 0.5]))
 def test_no_life_of_a_request_loses_a_row_or_a_pin(seed: int, batch: int, abort: float) -> None:
     rng = random.Random(seed)
-    toy = Toy(max_batch_size=batch, max_resident_adapters=2 * batch)
+    toy = Toy(max_batch_size=batch, resident=2 * batch)
     ended: set[str] = set()
     added: list[str] = []
     aborted: set[str] = set()

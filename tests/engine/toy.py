@@ -4,7 +4,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from adapters.adapter import Adapter, AdapterRef
+import torch
+
+from adapters.adapter import Adapter, AdapterRef, LoraPair, ModuleKey
+from adapters.arena import Arena
 from adapters.residency import Residency
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
@@ -14,6 +17,15 @@ from tests.oracle import request, run
 
 EOS = 99
 VOCAB = [bytes([97 + i % 26]) for i in range(EOS)] + [b"<end>"]  # token 0 is "a", 1 is "b"
+
+
+CPU = torch.device("cpu")
+ADAPTER_BYTES = 256  # of a toy adapter: two matrices of 32 numbers
+
+
+def toy_adapter(digest: str) -> Adapter:
+    """An adapter that takes ADAPTER_BYTES and means nothing."""
+    return Adapter(digest, {ModuleKey(0, "attn.c_attn"): LoraPair(torch.ones(1, 32), torch.ones(1, 32))})
 
 
 class ToyRunner:
@@ -38,17 +50,18 @@ class ToyRunner:
 class Toy:
     """An engine over the toy; adapters load at once unless `gates` holds an event for them."""
 
-    def __init__(self, **limits: int) -> None:
+    def __init__(self, resident: int = 32, **limits: int) -> None:
+        """`resident`: how many adapters the arena holds."""
         limits = {
             "max_batch_size": 2,
             "max_model_len": 32,
-            "max_resident_adapters": 32,
             "max_batch_tokens": 16,
         } | limits
         self.gates: dict[str, threading.Event] = {}
         self.errors: dict[str, Exception] = {}
         self.runner = ToyRunner()
-        self.residency = Residency(self._load, limits["max_resident_adapters"])
+        arena = Arena(resident * ADAPTER_BYTES, CPU, torch.float32)
+        self.residency = Residency(self._load, arena)
         self.engine = Engine(EngineConfig(**limits), self.runner, self.residency, EOS, VOCAB)
 
     def _load(self, ref: AdapterRef) -> Adapter:
@@ -56,7 +69,7 @@ class Toy:
             assert self.gates[ref.digest].wait(10)
         if ref.digest in self.errors:
             raise self.errors[ref.digest]
-        return Adapter(ref.digest, {})
+        return toy_adapter(ref.digest)
 
     def add(self, name: str, adapter: str | None = None, prompt: int = 3, **fields: object) -> None:
         self.engine.add_request(request(name, [1] * prompt, ref(adapter) if adapter else None, **fields))

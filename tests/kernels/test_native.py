@@ -134,9 +134,9 @@ def test_lora(native: Native, dtype: torch.dtype, popularity: str) -> None:
         x, y = rand(m, k, dtype=dtype), rand(m, n, dtype=dtype)
         expected = y.float()
         add_lora(expected, x.float(), key, adapters)
-        address = [[0 if p is None else p[side].data_ptr() for p in pairs] for side in (0, 1)]
-        sizes = torch.tensor([0 if p is None else p[0].shape[0] for p in pairs])
-        native.lora(x, y, *map(torch.tensor, address), sizes)
+        rows = [(i, p[0].data_ptr(), p[1].data_ptr(), p[0].shape[0]) for i, p in enumerate(pairs) if p is not None]
+        lines = torch.tensor(sorted(rows, key=lambda row: row[1])).reshape(-1, 4).T.contiguous()
+        native.lora(x, y, lines.data_ptr(), len(rows))
         torch.testing.assert_close(y, expected.to(dtype), **CLOSE[dtype])
 
 

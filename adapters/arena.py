@@ -1,0 +1,150 @@
+"""The memory of the adapters on a device: one flat tensor, from which each matrix takes as much as its rank needs.
+
+A of rank r takes r rows of the input's width, B r rows of the output's; nothing is padded to another adapter's rank. An
+adapter may lie in several pieces, but never a matrix: what others leave free is used, however it is scattered.
+"""
+
+import mmap
+from bisect import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from adapters.adapter import Adapter, LoraPair, ModuleKey
+from adapters.errors import AdapterRefused
+
+ALIGN = 32  # elements: a cache line of bf16, two of fp32
+_HUGE_PAGE = 2 << 20
+
+
+class Extents:
+    """Which parts of [0, capacity) are free. Sizes are rounded up to ALIGN; knows no tensors."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity // ALIGN * ALIGN
+        self._free = [(0, self.capacity)] if self.capacity else []  # (start, size), by start; neighbours are joined
+        self.used = 0
+
+    def take(self, sizes: Sequence[int]) -> list[int] | None:
+        """A start for each size, the first place where it fits; None, and nothing taken, if one fits nowhere."""
+        free, starts = list(self._free), list[int]()
+        for size in map(_rounded, sizes):
+            i = next((i for i, (_, room) in enumerate(free) if room >= size), None)
+            if i is None:
+                return None
+            start, room = free[i]
+            starts.append(start)
+            free[i : i + 1] = [(start + size, room - size)] if room > size else []
+        self._free = free
+        self.used += sum(map(_rounded, sizes))
+        return starts
+
+    def give_back(self, starts: Sequence[int], sizes: Sequence[int]) -> None:
+        """Undo a `take`."""
+        for start, size in zip(starts, map(_rounded, sizes), strict=True):
+            i = bisect(self._free, (start, 0))
+            if i < len(self._free) and self._free[i][0] == start + size:
+                size += self._free.pop(i)[1]
+            if i and sum(self._free[i - 1]) == start:
+                start, before = self._free.pop(i - 1)
+                size, i = size + before, i - 1
+            self._free.insert(i, (start, size))
+        self.used -= sum(map(_rounded, sizes))
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when free parts overlap, touch, or don't add up with what is used."""
+        ends = [start + size for start, size in self._free]
+        assert all(end < start for end, (start, _) in zip(ends, self._free[1:], strict=False)), f"{self._free}"
+        assert sum(size for _, size in self._free) + self.used == self.capacity, f"{self.used} used, {self._free} free"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an adapter's matrices lie: for each module, in order, A then B."""
+
+    keys: tuple[ModuleKey, ...]
+    starts: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+
+class Arena:
+    """The flat tensor and who lies where. `reserve` and `free` on the engine's thread, `fill` on any."""
+
+    def __init__(self, nbytes: int, device: torch.device, dtype: torch.dtype) -> None:
+        """`nbytes`: the budget; on a CPU memory is taken from the system only as it is used."""
+        self._extents = Extents(nbytes // dtype.itemsize)
+        self.memory = _memory(self._extents.capacity, device, dtype)  # [elements]
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def nbytes(self) -> int:
+        """The budget."""
+        return self._extents.capacity * self.memory.itemsize
+
+    @property
+    def used_bytes(self) -> int:
+        """What adapters take of it."""
+        return self._extents.used * self.memory.itemsize
+
+    def reserve(self, adapter: Adapter) -> Place | None:
+        """Room for `adapter`; None while others take it. Raises AdapterRefused if it is larger than the whole arena."""
+        sizes = tuple(t.numel() for pair in adapter.pairs.values() for t in (pair.a, pair.b))
+        starts = self._extents.take(sizes)
+        if starts is not None:
+            return Place(tuple(adapter.pairs), tuple(starts), sizes)
+        needed = sum(map(_rounded, sizes)) * self.memory.itemsize
+        if needed > self.nbytes:
+            raise AdapterRefused(
+                f"the adapter takes {needed:,} bytes on the device, the arena holds {self.nbytes:,}: "
+                "raise --adapter-memory"
+            )
+        return None
+
+    def fill(self, adapter: Adapter, place: Place) -> Adapter:
+        """Copy `adapter` (on the host) to its place; the same adapter, its tensors views of the arena.
+
+        On a GPU the copies run on a stream of their own, from pinned memory, and have ended when this returns.
+        """
+        if self._stream is None:
+            return self._copy(adapter, place)
+        with torch.cuda.stream(self._stream):
+            resident = self._copy(adapter, place)
+        self._stream.synchronize()
+        return resident
+
+    def free(self, place: Place) -> None:
+        """Give a place back; nothing may compute with it any more."""
+        self._extents.give_back(place.starts, place.sizes)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when places were lost or given back twice."""
+        self._extents.check_integrity()
+
+    def _copy(self, adapter: Adapter, place: Place) -> Adapter:
+        starts, pairs = iter(place.starts), dict[ModuleKey, LoraPair]()
+        for key in place.keys:
+            pair = adapter.pairs[key]
+            pairs[key] = LoraPair(self._put(pair.a, next(starts)), self._put(pair.b, next(starts)))
+        return Adapter(adapter.digest, pairs)
+
+    def _put(self, source: torch.Tensor, start: int) -> torch.Tensor:
+        if self._stream is not None:
+            source = source.pin_memory()
+        view = self.memory[start : start + source.numel()].view(source.shape)
+        return view.copy_(source, non_blocking=True)
+
+
+def _rounded(size: int) -> int:
+    return -(-size // ALIGN) * ALIGN
+
+
+def _memory(count: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """[count]. On a CPU in huge pages where the system has them: adapters are read once a step, all over the arena."""
+    if device.type != "cpu":
+        return torch.zeros(count, device=device, dtype=dtype)
+    size = max(1, count * dtype.itemsize)
+    mapping = mmap.mmap(-1, -(-size // _HUGE_PAGE) * _HUGE_PAGE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        mapping.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(mapping, dtype=dtype, count=max(1, count))[:count]
