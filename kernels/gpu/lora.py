@@ -186,7 +186,7 @@ def _expand(
             at += part_stride
             sums += tl.load(at, mask=mine, other=0.0)
         w = tl.load(b + r[:, None] * OUT + n[None, :], mask=(r < rank)[:, None] & (n < OUT)[None, :], other=0.0)
-        # A 16-bit number is exact in tf32, and sums keep more bits and a wider range than they would in 16.
+        # B is exact in tf32 if it has 16 bits, and the sums keep the range of fp32, and more bits than in bf16.
         acc = tl.dot(sums, w.to(tl.float32), acc, input_precision=PRECISION)
     at = y + rows[:, None] * y_stride + n[None, :]
     mine = (i < count)[:, None] & (n < OUT)[None, :]

@@ -45,9 +45,8 @@ def _scores(
     logits: tl.tensor, seen: tl.tensor, penalty: tl.tensor, ids: tl.tensor, VOCAB: tl.constexpr
 ):  # fmt: skip
     """A block's logits in fp32, -inf beyond the vocabulary, and the same after the penalty."""
-    inside = ids < VOCAB
-    x = tl.load(logits + ids, mask=inside, other=-float("inf")).to(tl.float32)
-    marked = tl.load(seen + ids, mask=inside & (penalty != 1.0), other=0) != 0
+    x = tl.load(logits + ids, mask=ids < VOCAB, other=-float("inf")).to(tl.float32)
+    marked = tl.load(seen + ids, mask=ids < tl.where(penalty != 1.0, VOCAB, 0), other=0) != 0
     return x, tl.where(marked, tl.where(x > 0, tl.div_rn(x, penalty), x * penalty), x)
 
 
@@ -147,9 +146,9 @@ def _draw(
     if p < 1.0:
         enough = p.to(tl.float64) * total
         low, n, total, ties, above = _threshold(weights, low, n, total, VOCAB + 1, enough, VOCAB, BLOCK, WAYS)
-        each = low.to(tl.float32, bitcast=True).to(tl.float64)
-        kept = tl.maximum(tl.ceil((enough - above) / each), 1.0)
-        if (ties > 1) & (kept < ties):
+        if ties > 1:
+            each = low.to(tl.float32, bitcast=True).to(tl.float64)
+            kept = tl.minimum(tl.maximum(tl.ceil((enough - above) / each), 1.0), ties.to(tl.float64))
             last_tie = _first_past(weights, low, last_tie, kept - 0.5, VOCAB, BLOCK, True)
             total = above + kept * each
     return _first_past(weights, low, last_tie, uniform * total, VOCAB, BLOCK, False)

@@ -100,3 +100,26 @@ def test_attend_at_full_size(dtype: torch.dtype, head_dim: int) -> None:
     for max_len in (1024, 1000, 4096):
         check(16, head_dim, max_len, torch.randint(max_len, (33,)).tolist(), dtype)
         check(16, head_dim, max_len, [max_len - 1], dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+def test_a_captured_graph_takes_each_step_s_positions() -> None:
+    torch.manual_seed(6)
+    keys, values = (torch.randn(8, 16, 1024, 64, dtype=torch.bfloat16, device="cuda") for _ in "kv")
+    qkv = torch.randn(8, 3 * 1024, dtype=torch.bfloat16, device="cuda")
+    rows, positions = torch.arange(8, device="cuda"), torch.zeros(8, dtype=torch.int64, device="cuda")
+    out, scratch = torch.empty(8, 1024, dtype=torch.bfloat16, device="cuda"), attention.attention_scratch(8, keys)
+    attention.attend(qkv, keys, values, rows, positions, 0.125, out, scratch)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        attention.attend(qkv, keys, values, rows, positions, 0.125, out, scratch)
+    for high in (1, 100, 1024):
+        positions.copy_(torch.randint(high, (8,)))
+        qkv.copy_(torch.randn(8, 3 * 1024))
+        expected = reference.attend(
+            qkv.view(8, 3, 16, 64).float(), keys.float(), values.float(), rows, positions, 0.125
+        )
+        graph.replay()
+        torch.testing.assert_close(out.float(), expected, **CLOSE[torch.bfloat16])

@@ -14,11 +14,11 @@ lora = pytest.importorskip("kernels.gpu.lora", exc_type=ImportError)
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# y is rounded to its type; the interpreter cuts fp32 to bf16 instead of rounding.
+# y is rounded to its type, and x A^T cut to tf32 before it meets B; the interpreter cuts fp32 to bf16, too.
 CLOSE = {
     torch.float32: {"rtol": 1e-5, "atol": 2e-5},
     torch.bfloat16: {"rtol": 1e-2, "atol": 1e-2},
-    torch.float16: {"rtol": 2e-3, "atol": 2e-3},
+    torch.float16: {"rtol": 4e-3, "atol": 4e-3},
 }
 KEY = ModuleKey(0, "attn.c_attn")
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -191,3 +191,29 @@ def test_meta_of_fewer_rows_than_the_buffer_has_room_for() -> None:
     lora.write_meta([2, 2, 1], buffer)
     assert buffer.tolist() == [[3, 4, 5, 2, 0, 1], [3, 4, 0, 0, 0, 0], [1, 2, 0, 0, 0, 0], [1, 2, 0, 0, 0, 0]]
     assert lora.LoraMeta.of(buffer).tile_slot.data_ptr() == buffer[3].data_ptr(), "views, not copies"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not CUDA, reason="no CUDA device")
+def test_a_captured_graph_takes_each_step_s_slots() -> None:
+    torch.manual_seed(5)
+    n, k, out = 24, 1024, 3072
+    pairs = make_pairs([0, 8, 16, 64], k, out, torch.bfloat16)
+    arena, table = make_arena(pairs, torch.bfloat16)
+    x, y = (torch.zeros(n, size, dtype=torch.bfloat16, device="cuda") for size in (k, out))
+    host, device = torch.zeros(4, n, dtype=torch.int32), torch.zeros(4, n, dtype=torch.int32, device="cuda")
+    xa, meta = scratch(n, k, 64), lora.LoraMeta.of(device)
+    lora.add_lora(y, x, arena, table, meta, xa)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        lora.add_lora(y, x, arena, table, meta, xa)
+    for slots in ([0] * n, [3] * n, [i % 4 for i in range(n)], [2, 0, 1]):
+        lora.write_meta(slots, host)
+        device.copy_(host)
+        x.copy_(torch.randn(n, k))
+        y.copy_(torch.randn(n, out))
+        expected = y.clone()
+        lora.add_lora(expected, x, arena, table, meta, xa)
+        graph.replay()
+        assert torch.equal(y, expected)
