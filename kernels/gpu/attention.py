@@ -88,7 +88,7 @@ def _attend_part(
         acc = v.to(tl.float32)
     for t0 in range(begin, tl.minimum(position, begin + LENGTH), BLOCK_T):
         t = t0 + tl.arange(0, BLOCK_T)
-        earlier = (t < position) & (t < begin + LENGTH)
+        earlier = t < position  # the part ends where a block does
         mine = earlier[:, None] & in_head[None, :]
         at = base + t[:, None] * DH + c[None, :]
         k = tl.load(keys + at, mask=mine, other=0.0).to(tl.float32)

@@ -139,6 +139,7 @@ def test_over_the_whole_vocabulary_in_blocks_of_the_real_size() -> None:
         ([0.0, 2.0, 1.0, 1.0, 0.0, 1.0], {"top_k": 2, "top_p": 0.7}, [1, 2, 3]),
         ([1.0] * 200, {"top_p": 0.5}, list(range(100))),  # over several blocks
         ([0.0] * 150 + [1.0] * 70, {"top_k": 9, "top_p": 0.9}, list(range(150, 213))),
+        ([0.0] * 6 + [1.0], {"top_p": 0.6}, [0, 1, 2, 6]),  # equals are cut ahead of a better one
         ([0.0, -math.inf, 0.0], {}, [0, 2]),
         ([0.0, -math.inf, 0.0], {"top_k": 3, "top_p": 0.999}, [0, 2]),
         ([-1e30, 0.0, -200.0], {"top_p": 0.99}, [1]),
