@@ -53,3 +53,29 @@ def kept_probabilities(scores: torch.Tensor, temperature: float, top_k: int, top
     ordered, ids = probs.sort(descending=True, stable=True)
     kept = ordered.masked_fill(ordered.cumsum(0) - ordered >= top_p, 0.0)
     return torch.zeros_like(probs).scatter(0, ids, kept / kept.sum())
+
+
+def choose(
+    logits: torch.Tensor, seen: torch.Tensor, rows: torch.Tensor, penalty: torch.Tensor, temperature: torch.Tensor,
+    top_k: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor, wanted: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Tokens [S] int64 and logprobs [S] fp32; arguments and meaning as in kernels/gpu/sampling.py. Marks `seen`."""
+    tokens = torch.full((len(logits),), -1, dtype=torch.int64)
+    logprobs = torch.zeros(len(logits))
+    for s, raw in enumerate(logits.float()):
+        if raw.isnan().any() or raw.max().isinf():
+            continue
+        marks = seen[rows[s]]
+        scores = torch.where(marks > 0, torch.where(raw > 0, raw / penalty[s], raw * penalty[s]), raw)
+        if temperature[s] == 0:
+            token = int((scores == scores.max()).int().argmax())
+        else:
+            k = min(int(top_k[s]), len(raw))
+            heat, p = float(temperature[s]), float(top_p[s])
+            running = kept_probabilities(scores.double(), heat, k, p if p < 1 else torch.inf).cumsum(0)
+            past = running > uniform[s] * running[-1]
+            token = int(past.int().argmax()) if past.any() else int((running < running[-1]).sum())
+        tokens[s], marks[token] = token, 1
+        if wanted[s]:
+            logprobs[s] = raw[token] - raw.logsumexp(0)
+    return tokens, logprobs
