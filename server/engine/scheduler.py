@@ -1,7 +1,7 @@
 """Decides which sequences run in a step and when they end. Touches no tensor.
 
 Rows and the prompts' share of a step go to the adapter that has had the fewest tokens (`fairness.py`), first come first
-served within each, so that a flood for one adapter can't starve another. Rows are whole: what has begun always finishes.
+served within each, so that a flood for one adapter can't starve another. Rows are whole: what has begun finishes.
 """
 
 from collections.abc import Sequence as Seq

@@ -164,7 +164,7 @@ class ScheduledSequence:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's work, set by the scheduler: decoding sequences first, by ascending row; then prompt chunks, by turn."""
+    """One step's work, set by the scheduler: decoding sequences, by ascending row; then prompt chunks, by turn."""
 
     items: tuple[ScheduledSequence, ...]
 
