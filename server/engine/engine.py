@@ -82,7 +82,7 @@ class Engine:
     def check_integrity(self) -> None:
         """Raises AssertionError when rows or pins are lost while nothing runs."""
         if not self.has_work:
-            self._scheduler.rows.check_integrity()
+            self._scheduler.check_integrity()
             self._residency.check_integrity()
 
     def close(self) -> None:

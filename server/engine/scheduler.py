@@ -1,15 +1,14 @@
 """Decides which sequences run in a step and when they end. Touches no tensor.
 
-Waiting sequences are served round-robin between adapters (the base counts as one), first come first served within
-each, so that a flood for one adapter can't starve another. Rows are whole, so what has begun always finishes.
+Rows and the prompts' share of a step go to the adapter that has had the fewest tokens (`fairness.py`), first come first
+served within each, so that a flood for one adapter can't starve another. Rows are whole: what has begun finishes.
 """
 
-from collections import OrderedDict, deque
-from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 
 from adapters.residency import AdapterStatus, Residency
 from server.engine.config import EngineConfig
+from server.engine.fairness import FairQueue
 from server.engine.kv_cache import RowAllocator
 from server.engine.types import DIVERGED, Batch, ErrorKind, FinishReason, ScheduledSequence, Sequence
 
@@ -23,16 +22,16 @@ class Scheduler:
         self._eos, self._vocab = eos_token_id, vocab
         self.rows = RowAllocator(config.max_batch_size)
         self.running: dict[str, Sequence] = {}  # by request id, in order of admission
-        self._waiting: OrderedDict[str | None, deque[Sequence]] = OrderedDict()  # by digest; the next in turn first
+        self._queue = FairQueue()
 
     @property
     def waiting(self) -> list[Sequence]:
         """Every sequence that has no row yet."""
-        return [sequence for queue in self._waiting.values() for sequence in queue]
+        return self._queue.sequences
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind the others of its adapter."""
-        self._waiting.setdefault(_digest(sequence), deque()).append(sequence)
+        self._queue.add(sequence)
 
     def abort(self, request_id: str) -> Sequence | None:
         """End a sequence at once, freeing its row; None when it is not here (any more)."""
@@ -50,16 +49,18 @@ class Scheduler:
         decoding = [s for s in self.running.values() if not s.prefilling]
         items = [ScheduledSequence(s, 1, prefill=False, samples=True) for s in sorted(decoding, key=_row)]
         budget -= len(items)
-        for sequence in self.running.values():
-            if sequence.prefilling and budget > 0:
-                left = len(sequence.request.prompt_token_ids) - sequence.num_computed
-                chunk = min(left, budget)
-                items.append(ScheduledSequence(sequence, chunk, prefill=True, samples=chunk == left))
+        prefilling = [s for s in self.running.values() if s.prefilling]
+        for sequence in sorted(prefilling, key=lambda s: s.turn):  # equals in order of admission
+            chunk = min(sequence.num_prompt_left, budget)
+            if chunk:
+                samples = chunk == sequence.num_prompt_left
+                items.append(ScheduledSequence(sequence, chunk, prefill=True, samples=samples))
                 budget -= chunk
         return Batch(tuple(items)), failed
 
     def update(self, batch: Batch, token_ids: Seq[int], logprobs: Seq[float], now: float) -> None:
         """Take a step's result: token_ids and logprobs of `batch.sampled`, in order. Ends what is complete."""
+        self._queue.charge(batch)
         for item in batch.items:
             item.sequence.num_computed += item.num_new_tokens
         for sequence, token, logprob in zip(batch.sampled, token_ids, logprobs, strict=True):
@@ -83,70 +84,67 @@ class Scheduler:
     def finish(self, sequence: Sequence, reason: FinishReason) -> None:
         """End a sequence, wherever it stands; gives back its row and its adapter's pin."""
         sequence.finish_reason = reason
-        if sequence.row is not None:
-            del self.running[sequence.request_id]
-            self.rows.free(sequence.row)
-            sequence.row = None
-            if sequence.request.adapter is not None:
-                self._residency.unpin(sequence.request.adapter.digest)
-        else:
-            queue = self._waiting[_digest(sequence)]
-            queue.remove(sequence)
-            if not queue:
-                del self._waiting[_digest(sequence)]
+        if sequence.row is None:
+            self._queue.remove(sequence)
+            return
+        del self.running[sequence.request_id]
+        self.rows.free(sequence.row)
+        sequence.row = None
+        self._queue.end(sequence)
+        if sequence.digest is not None:
+            self._residency.unpin(sequence.digest)
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError when a row is lost or an adapter still counted; called when nothing waits or runs."""
+        self.rows.check_integrity()
+        self._queue.check_integrity()
 
     def _admit(self) -> list[Sequence]:
         """Give free rows to waiting sequences whose adapter is ready; start loading the adapters of the next ones.
 
-        Only the next `max_batch_size` in turn start loads; while rows are free, all others may run if they are ready.
+        Only the next `max_batch_size` adapters in turn start loads; while rows are free, all others may run if they
+        are ready, but while an adapter starves for room nobody behind it takes a turn on another one, or those that
+        are in would keep it out for ever. Returns the sequences whose adapter failed, finished.
         """
         failed: list[Sequence] = []
-        ahead = self._config.max_batch_size
-        everyone = sum(map(len, self._waiting.values()))
-        for turn, sequence in enumerate(list(self._turns(everyone if self.rows.num_free else ahead))):
-            adapter = sequence.request.adapter
-            if turn >= ahead and not self.rows.num_free:
+        next_ones: set[str | None] = set()
+        held = False
+        for sequence in self._queue.turns():
+            if len(next_ones) < self._config.max_batch_size:
+                next_ones.add(sequence.digest)
+            elif not self.rows.num_free:
                 break
-            if adapter is None:
-                status = AdapterStatus.READY
-            elif turn < ahead or self._residency.status(adapter.digest) is AdapterStatus.READY:
-                status = self._residency.prefetch(adapter)
-            else:
-                continue
-            if adapter is not None and status in (AdapterStatus.REFUSED, AdapterStatus.FAILED):
-                error = self._residency.error(adapter.digest)
-                refused = status is AdapterStatus.REFUSED
-                sequence.error = str(error)
-                sequence.error_kind = ErrorKind.ADAPTER_REFUSED if refused else ErrorKind.ADAPTER_UNAVAILABLE
-                self.finish(sequence, FinishReason.ERROR)
+            status = self._adapter_status(sequence, may_load=sequence.digest in next_ones)
+            if status in (AdapterStatus.REFUSED, AdapterStatus.FAILED):
+                self._fail(sequence, status)
                 failed.append(sequence)
-            elif status is AdapterStatus.READY and self.rows.num_free:
-                self._start(sequence)
+            elif status is AdapterStatus.READY:
+                if self.rows.num_free and (sequence.digest is None or not held):
+                    self._start(sequence)
+            elif sequence.digest is not None and self._residency.starving(sequence.digest):
+                held = True
         return failed
 
-    def _turns(self, limit: int) -> Iterator[Sequence]:
-        """Waiting sequences in the order they should be admitted, at most `limit`: one of each adapter in turn."""
-        queues = [iter(queue) for queue in self._waiting.values()]
-        while queues and limit > 0:
-            remaining: list[Iterator[Sequence]] = []
-            for queue in queues:
-                sequence = next(queue, None)
-                if sequence is not None and limit > 0:
-                    limit -= 1
-                    remaining.append(queue)
-                    yield sequence
-            queues = remaining
+    def _adapter_status(self, sequence: Sequence, may_load: bool) -> AdapterStatus:
+        """Where a sequence's adapter stands, having asked for it; ABSENT where it is not ready and may not load."""
+        adapter = sequence.request.adapter
+        if adapter is None:
+            return AdapterStatus.READY
+        if may_load or self._residency.status(adapter.digest) is AdapterStatus.READY:
+            return self._residency.prefetch(adapter)
+        return AdapterStatus.ABSENT
+
+    def _fail(self, sequence: Sequence, status: AdapterStatus) -> None:
+        assert sequence.digest is not None
+        refused = status is AdapterStatus.REFUSED
+        sequence.error = str(self._residency.error(sequence.digest))
+        sequence.error_kind = ErrorKind.ADAPTER_REFUSED if refused else ErrorKind.ADAPTER_UNAVAILABLE
+        self.finish(sequence, FinishReason.ERROR)
 
     def _start(self, sequence: Sequence) -> None:
-        digest = _digest(sequence)
-        queue = self._waiting[digest]
-        queue.remove(sequence)
-        if queue:
-            self._waiting.move_to_end(digest)
-        else:
-            del self._waiting[digest]
-        if sequence.request.adapter is not None:
-            self._residency.pin(sequence.request.adapter.digest)
+        self._queue.start(sequence)
+        if sequence.digest is not None:
+            self._residency.pin(sequence.digest)
         sequence.row = self.rows.allocate()
         self.running[sequence.request_id] = sequence
 
@@ -171,10 +169,6 @@ class Scheduler:
         start = max(0, len(output) - max(map(len, stops)) + 1)
         output += self._vocab[token]
         return min((i for i in (output.find(stop, start) for stop in stops) if i >= 0), default=None)
-
-
-def _digest(sequence: Sequence) -> str | None:
-    return sequence.request.adapter.digest if sequence.request.adapter is not None else None
 
 
 def _row(sequence: Sequence) -> int:

@@ -112,6 +112,7 @@ class Sequence:
     num_computed: int = 0  # tokens whose keys and values are in the row
     num_sent: int = 0  # output tokens already handed out
     row: int | None = None  # KV row while running
+    turn: float = 0.0  # what its adapter had had when it got its row; set by the scheduler
     start_time: float | None = None  # of its first step, time.monotonic()
     last_token_time: float | None = None
     latency: float = 0.0  # seconds from the token before to the last one; from arrival for the first
@@ -127,14 +128,24 @@ class Sequence:
         return self.request.request_id
 
     @property
+    def digest(self) -> str | None:
+        """Its adapter; None is the base."""
+        return None if self.request.adapter is None else self.request.adapter.digest
+
+    @property
     def num_tokens(self) -> int:
         """Prompt and output tokens so far."""
         return len(self.request.prompt_token_ids) + len(self.output_ids)
 
     @property
+    def num_prompt_left(self) -> int:
+        """Prompt tokens that are still to be computed."""
+        return max(0, len(self.request.prompt_token_ids) - self.num_computed)
+
+    @property
     def prefilling(self) -> bool:
         """Whether prompt tokens are still to be computed."""
-        return self.num_computed < len(self.request.prompt_token_ids)
+        return self.num_prompt_left > 0
 
     def token_at(self, position: int) -> int:
         """The token at a position of prompt and output together."""
@@ -154,7 +165,7 @@ class ScheduledSequence:
 
 @dataclass(frozen=True)
 class Batch:
-    """One step's work: decoding sequences first, by ascending row; then prompt chunks. Set by the scheduler."""
+    """One step's work, set by the scheduler: decoding sequences, by ascending row; then prompt chunks, by turn."""
 
     items: tuple[ScheduledSequence, ...]
 

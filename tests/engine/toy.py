@@ -93,6 +93,11 @@ class Toy:
         """Request ids in the order of their first step."""
         return list(dict.fromkeys(s.request_id for batch in self.runner.batches for s in batch.sequences))
 
+    def admitted_in_last_step(self) -> list[str]:
+        """Request ids whose first step was the last one."""
+        batch = self.runner.batches[-1]
+        return [i.sequence.request_id for i in batch.items if i.sequence.num_computed == i.num_new_tokens]
+
 
 Toys = Callable[..., Toy]
 
