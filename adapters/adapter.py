@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -102,6 +103,16 @@ class Adapter:
 
     digest: str
     pairs: dict[ModuleKey, LoraPair]
+
+    @cached_property
+    def targets(self) -> frozenset[str]:
+        """The projections it changes in at least one layer."""
+        return frozenset(key.target for key in self.pairs)
+
+    @cached_property
+    def max_rank(self) -> int:
+        """The largest rank of any module."""
+        return max((pair.a.shape[0] for pair in self.pairs.values()), default=0)
 
     @property
     def nbytes(self) -> int:

@@ -81,6 +81,11 @@ class Residency:
         self.stats = ResidencyStats()
 
     @property
+    def slots(self) -> int:
+        """How many slots there are, the base's included."""
+        return self._slots.count
+
+    @property
     def loading(self) -> bool:
         """Whether a load is under way."""
         return bool(self._reading or self._staged or self._copying)

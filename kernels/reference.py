@@ -59,7 +59,7 @@ def choose(
     logits: torch.Tensor, seen: torch.Tensor, rows: torch.Tensor, penalty: torch.Tensor, temperature: torch.Tensor,
     top_k: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor, wanted: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Tokens [S] int64 and logprobs [S] fp32; arguments and meaning as in kernels/gpu/sampling.py. Marks `seen`."""
+    """Tokens [S] int64 and logprobs [S] fp32; arguments and meaning as in kernels/gpu/sampling.py."""
     tokens = torch.full((len(logits),), -1, dtype=torch.int64)
     logprobs = torch.zeros(len(logits))
     for s, raw in enumerate(logits.float()):
@@ -75,7 +75,7 @@ def choose(
             running = kept_probabilities(scores.double(), heat, k, p if p < 1 else torch.inf).cumsum(0)
             past = running > uniform[s] * running[-1]
             token = int(past.int().argmax()) if past.any() else int((running < running[-1]).sum())
-        tokens[s], marks[token] = token, 1
+        tokens[s] = token
         if wanted[s]:
             logprobs[s] = raw[token] - raw.logsumexp(0)
     return tokens, logprobs

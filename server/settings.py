@@ -49,7 +49,8 @@ class Settings(BaseSettings):
         "auto", description="Precision of weights and cache; auto is float32 on a CPU, bfloat16 on a GPU that has it."
     )
     kernels: Literal["auto", "off"] = Field(
-        "auto", description="Our C++ kernels on a CPU, where `make install` could build them; off is torch alone."
+        "auto",
+        description="Our kernels, C++ on a CPU if `make install` could build them, Triton on a GPU; off is torch alone.",
     )
     max_batch_size: int = Field(default=32, ge=1, le=1024, description="Requests that decode together.")
     max_model_len: int | None = Field(

@@ -22,7 +22,9 @@ def choose(
     top_k: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor, wanted: torch.Tensor, weights: torch.Tensor,
     tokens: torch.Tensor, logprobs: torch.Tensor, block: int = _BLOCK,
 ) -> None:  # fmt: skip
-    """Write each row's next token, -1 if its logits hold NaN or their largest is infinite, and mark it in `seen`.
+    """Write each row's next token, -1 if its logits hold NaN or their largest is infinite.
+
+    Run twice on the same inputs it does the same: `seen` is only read.
 
     logits [S, V] fp32, bf16 or fp16, rows contiguous; seen [kv_rows, V] uint8, 1 where the repetition penalty applies;
     rows [S] int64, each row's row of `seen`; penalty [S] fp32, 1 is off: positive scores divided by it, others
@@ -204,4 +206,3 @@ def _choose(
         logprob = tl.load(logits + token).to(tl.float32) - raw_top - log_sum
     tl.store(tokens + s, tl.where(sane, token, -1).to(tl.int64))
     tl.store(logprobs + s, logprob)
-    tl.store(seen + token, tl.full((), 1, tl.uint8), mask=sane)

@@ -26,6 +26,7 @@ from server.engine.types import (
     StepOutput,
     StepStats,
 )
+from server.model.gpt2 import GPT2
 from server.model.loader import load_model
 
 logger = logging.getLogger(__name__)
@@ -148,7 +149,6 @@ def build_engine(
         raise ValueError(
             f"max_model_len {config.max_model_len} exceeds the model's {model.config.n_positions} positions"
         )
-    kv_cache = KVCache(model.config, config.max_batch_size, config.max_model_len, device, dtype)
     shape = model.config.adapter_shape
     arena = Arena(config.adapter_memory, device, dtype)
     torch.get_num_threads()  # settled for this thread, before the loading one takes a single one for itself
@@ -158,8 +158,22 @@ def build_engine(
         return load_adapter(ref, shape, dtype)
 
     residency = Residency(load, arena)
-    runner = ModelRunner(model, kv_cache, residency)
+    runner = make_runner(model, config, residency)
     return Engine(config, runner, residency, model.config.eos_token_id, vocab, model.nbytes, model.backend.name)
+
+
+def make_runner(model: GPT2, config: EngineConfig, residency: Residency) -> Runner:
+    """The runner for the model's device: on a GPU with our kernels one that captures its decoding steps."""
+    rows, device, dtype = config.max_batch_size, model.device, model.dtype
+    if not model.backend.graphs:
+        return ModelRunner(model, KVCache(model.config, rows, config.max_model_len, device, dtype), residency)
+    from server.engine.cuda_graph import CudaCapture  # what follows needs triton
+    from server.engine.device_runner import DeviceRunner
+
+    kv_cache = KVCache(model.config, rows + 1, config.max_model_len, device, dtype)  # one for padding
+    runner = DeviceRunner(model, kv_cache, residency, config.max_batch_tokens, CudaCapture(device))
+    runner.warm_up()
+    return runner
 
 
 def _output(sequence: Sequence) -> SequenceOutput:

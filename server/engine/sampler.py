@@ -17,7 +17,7 @@ from kernels.native import Native
 from server.engine.types import DIVERGED, SamplingParams
 
 _FIRST_CANDIDATES = 64
-_COLDEST = 1e-30  # greedy already; less would overflow
+COLDEST = 1e-30  # greedy already; less would overflow
 _MASK = (1 << 64) - 1
 
 
@@ -81,7 +81,7 @@ def _sample_natively(native: Native, logits: torch.Tensor, rows: Seq[SamplingRow
         torch.tensor([p.repetition_penalty for p in params]),
         torch.tensor([*chain.from_iterable(seen)], dtype=torch.int64),
         torch.tensor([0, *accumulate(map(len, seen))]),
-        torch.tensor([max(p.temperature, _COLDEST) if p.temperature else 0.0 for p in params]),
+        torch.tensor([max(p.temperature, COLDEST) if p.temperature else 0.0 for p in params]),
         torch.tensor([p.top_k or vocab for p in params]),
         torch.tensor([p.top_p for p in params]),
         torch.tensor([uniform(row.params.seed, row.index) for row in rows], dtype=torch.float64),
@@ -161,7 +161,7 @@ def _filtered(params: SamplingParams) -> bool:
 
 def _scaled(scores: torch.Tensor, rows: Seq[SamplingRow], chosen: list[int]) -> torch.Tensor:
     temperature = torch.tensor([rows[i].params.temperature for i in chosen], device=scores.device)
-    return scores[chosen] / temperature[:, None].clamp(min=_COLDEST)
+    return scores[chosen] / temperature[:, None].clamp(min=COLDEST)
 
 
 def _pick(probs: torch.Tensor, rows: Seq[SamplingRow]) -> torch.Tensor:

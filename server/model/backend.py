@@ -38,7 +38,7 @@ class Embedding(Protocol):
         ...
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        """[S, d] -> [S, V] fp32."""
+        """[S, d] -> [S, V]; fp32, but where a kernel samples that takes the model's type."""
         ...
 
 
@@ -96,11 +96,16 @@ class Backend(Protocol):
         """Our CPU kernels, where they run."""
         ...
 
+    @property
+    def graphs(self) -> bool:
+        """Whether a decoding step can be captured in a CUDA graph: no shape in it depends on a value."""
+        ...
+
 
 def choose_backend(device: torch.device, dtype: torch.dtype, kernels: str = "auto") -> Backend:
     """The fastest one for this device and type. kernels: auto, or off for torch alone."""
     if device.type != "cpu":
-        return TorchBackend("torch", prepack=False)
+        return _gpu_backend(kernels)
     from server.model.native_backend import NativeBackend  # it imports this module
 
     if kernels != "off":
@@ -115,11 +120,27 @@ def choose_backend(device: torch.device, dtype: torch.dtype, kernels: str = "aut
     return TorchBackend("torch, oneDNN" if prepack else "torch", prepack)
 
 
+def _gpu_backend(kernels: str) -> Backend:
+    if kernels != "off":
+        try:
+            from server.model.triton_backend import TritonBackend
+        except ImportError as error:
+            logger.warning("no GPU kernels: %s; computing with torch alone, which is slower", error)
+        else:
+            return TritonBackend()
+    return TorchBackend("torch", prepack=False)
+
+
 class TorchBackend:
     """torch's own operators."""
 
-    native = None
-    attend = None
+    native: Native | None = None
+    graphs = False
+
+    @property
+    def attend(self) -> Attend | None:
+        """None: by `scaled_dot_product_attention`."""
+        return None
 
     def __init__(self, name: str, prepack: bool) -> None:
         self.name, self._prepack = name, prepack

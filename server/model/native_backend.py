@@ -25,6 +25,8 @@ class StepBuffer:
 class NativeBackend:
     """Our C++ kernels on packed weights."""
 
+    graphs = False
+
     def __init__(self, native: Native) -> None:
         self.native: Native | None = native
         self._kernels = native

@@ -1,0 +1,172 @@
+"""Runs batches on a GPU: decoding captured in CUDA graphs, LoRA and sampling inside; prompts launched eagerly.
+
+A decoding step is one copy to the device, one graph, one copy back. Batches are padded to the next bucket; padding
+works in a KV row of its own, on the base. Prompts are computed apart, after the decoding tokens, in the same step.
+"""
+
+from collections.abc import Sequence as Seq
+
+import torch
+
+from adapters.adapter import Adapter
+from adapters.lora.grouped import SlotLora
+from adapters.residency import Residency
+from kernels.gpu.lora import LoraMeta, write_meta
+from kernels.gpu.sampling import choose
+from server.engine.cuda_graph import Capture, Graphs, buckets
+from server.engine.kv_cache import KVCache
+from server.engine.sampler import COLDEST, Sampled, uniform
+from server.engine.step_buffers import DeviceInputs, StepInputs, StepOutputs
+from server.engine.types import Batch, ScheduledSequence
+from server.model.gpt2 import GPT2, ForwardBatch, PromptChunk
+
+_LEAST_RANK = 16
+
+
+class DeviceRunner:
+    """One GPT-2 on a GPU, its KV cache and the resident adapters."""
+
+    def __init__(
+        self, model: GPT2, kv_cache: KVCache, residency: Residency, max_batch_tokens: int, capture: Capture
+    ) -> None:
+        """`kv_cache` has one row more than sequences run at once: the last is the padding's."""
+        self._model, self._kv, self._residency = model, kv_cache, residency
+        self._padding_row = kv_cache.k.shape[1] - 1
+        self._buckets = buckets(self._padding_row)
+        device, vocab = model.device, model.config.vocab_size
+        self._decode = StepInputs(self._buckets[-1], device)
+        self._prompts = StepInputs(max_batch_tokens, device)
+        self._outputs = StepOutputs(self._decode.capacity + self._padding_row, device)
+        self._seen = torch.zeros(self._padding_row + 1, vocab, dtype=torch.uint8, device=device)  # for penalties
+        self._lora = SlotLora(residency.arena, model.config.adapter_shape, residency.slots)
+        self._graphs = Graphs(capture)
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Capture the base's steps and, for adapters of every projection, those of rank 16; compile the rest.
+
+        Other sets of projections and ranks are captured when they first run.
+        """
+        targets = frozenset(key.target for key in self._lora.modules)
+        for size in reversed(self._buckets):
+            self._write([], self._decode, size)
+            self._decode.upload()
+            for shape in ((frozenset[str](), 0), (targets, _LEAST_RANK), *[(targets, 32)] * (size == 1)):
+                self._run_decode(size, *shape)
+        self._outputs.download()
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Sampled:
+        """Compute the batch's tokens and choose the next one of each sequence that is ready for it."""
+        decoding = [item for item in batch.items if not item.prefill]
+        prompts = [item for item in batch.items if item.prefill]
+        for item in batch.items:
+            assert item.sequence.row is not None
+            self._kv.fill(item.sequence.row, item.sequence.num_computed, item.num_new_tokens)
+        if decoding:
+            size = next(size for size in self._buckets if size >= len(decoding))
+            adapters = self._write(decoding, self._decode, size)
+            self._decode.upload()
+            self._run_decode(size, *_shape(adapters))
+        if prompts:
+            self._run_prompts(prompts)
+        count = sum(item.samples for item in prompts)
+        if not decoding and not count:
+            return Sampled([], [])
+        tokens, logprobs = self._outputs.download()
+        kept = [*range(len(decoding)), *range(self._decode.capacity, self._decode.capacity + count)]
+        return Sampled([tokens[i] for i in kept], [logprobs[i] for i in kept])
+
+    def _run_decode(self, size: int, targets: frozenset[str], max_rank: int) -> None:
+        inputs = self._decode.views(size, size)
+
+        def work() -> None:
+            self._forward(inputs, size, (), targets, max_rank, 0)
+
+        self._graphs.run((size, targets, max_rank), work)
+
+    def _run_prompts(self, items: Seq[ScheduledSequence]) -> None:
+        count, samples = sum(item.num_new_tokens for item in items), sum(item.samples for item in items)
+        adapters = self._write(items, self._prompts, count)
+        for item in items:
+            sequence, row = item.sequence, item.sequence.row
+            if not sequence.num_computed and sequence.request.sampling_params.repetition_penalty != 1.0:
+                assert row is not None
+                self._seen[row] = 0
+                self._seen[row, torch.tensor(sequence.request.prompt_token_ids, device=self._seen.device)] = 1
+        self._prompts.upload()
+        chunks: list[PromptChunk] = []
+        start = 0
+        for item in items:
+            assert item.sequence.row is not None
+            chunks.append(PromptChunk(start, item.num_new_tokens, item.sequence.row, item.sequence.num_computed))
+            start += item.num_new_tokens
+        self._forward(self._prompts.views(count, samples), 0, chunks, *_shape(adapters), self._decode.capacity)
+
+    def _forward(
+        self, inputs: DeviceInputs, num_decode: int, chunks: Seq[PromptChunk], targets: frozenset[str], max_rank: int,
+        first: int,
+    ) -> None:  # fmt: skip
+        """Compute and sample; the results go to the outputs from `first` on."""
+        batch = ForwardBatch(
+            inputs.token_ids, inputs.positions, inputs.rows, num_decode, None, 0, tuple(chunks), inputs.output_index
+        )
+        lora = self._lora.batch(LoraMeta.of(inputs.meta), targets, max_rank) if targets else None
+        logits = self._model.forward(batch, self._kv.k, self._kv.v, lora)  # [S, V]
+        samples = len(inputs.output_index)
+        if num_decode:  # each brings the token that was chosen for it last; before sampling, which may run again
+            self._seen[inputs.rows, inputs.token_ids] = 1
+        if samples:
+            choose(
+                logits, self._seen, inputs.sample_rows, inputs.penalty, inputs.temperature, inputs.top_k, inputs.top_p,
+                inputs.uniform, inputs.wanted, torch.empty(logits.shape, device=logits.device),
+                self._outputs.tokens[first : first + samples], self._outputs.logprobs[first : first + samples],
+            )  # fmt: skip
+
+    def _write(self, items: Seq[ScheduledSequence], inputs: StepInputs, size: int) -> list[Adapter]:
+        """Fill the host's arrays for `size` tokens; what is left over after the items is padding. Their adapters."""
+        host, vocab = inputs.host, self._model.config.vocab_size
+        slots, adapters = list[int](), dict[str, Adapter]()
+        at = sample = 0
+        for item in items:
+            sequence, count, first = item.sequence, item.num_new_tokens, item.sequence.num_computed
+            end = at + count
+            host["token_ids"][at:end] = [sequence.token_at(p) for p in range(first, first + count)]
+            host["positions"][at:end] = range(first, first + count)
+            host["rows"][at:end] = sequence.row
+            slot = 0
+            if sequence.digest is not None:
+                slot, adapters[sequence.digest] = self._adapter(sequence.digest)
+            slots += [slot] * count
+            at = end
+            if item.samples:
+                params = sequence.request.sampling_params
+                host["output_index"][sample] = end - 1
+                host["sample_rows"][sample] = sequence.row
+                host["top_k"][sample] = params.top_k or vocab
+                host["wanted"][sample] = params.logprobs
+                host["uniform"][sample] = uniform(params.seed, len(sequence.output_ids))
+                host["temperature"][sample] = max(params.temperature, COLDEST) if params.temperature else 0.0
+                host["top_p"][sample] = params.top_p
+                host["penalty"][sample] = params.repetition_penalty
+                sample += 1
+        for name, value in (("token_ids", 0), ("positions", 0), ("rows", self._padding_row)):
+            host[name][at:size] = value
+        padding = {"sample_rows": self._padding_row, "top_k": vocab, "wanted": 0, "uniform": 0.0, "temperature": 0.0}
+        for name, value in (padding | {"top_p": 1.0, "penalty": 1.0}).items():
+            host[name][sample:size] = value
+        host["output_index"][sample:size] = range(at, at + size - sample)
+        write_meta(slots, inputs.host_meta(size))
+        return list(adapters.values())
+
+    def _adapter(self, digest: str) -> tuple[int, Adapter]:
+        slot, adapter = self._residency.slot(digest), self._residency.adapter(digest)
+        self._lora.publish(slot, adapter)
+        return slot, adapter
+
+
+def _shape(adapters: Seq[Adapter]) -> tuple[frozenset[str], int]:
+    """What the launches depend on: the projections that any of them changes, and a bound of their ranks."""
+    rank = max((adapter.max_rank for adapter in adapters), default=0)
+    bound = max(_LEAST_RANK, 1 << (rank - 1).bit_length()) if rank else 0
+    return frozenset(target for adapter in adapters for target in adapter.targets), bound
