@@ -50,7 +50,7 @@ class Settings(BaseSettings):
     )
     kernels: Literal["auto", "off"] = Field(
         "auto",
-        description="Our kernels, C++ on a CPU if `make install` could build them, Triton on a GPU; off is torch alone.",
+        description="Our kernels: C++ on a CPU, if `make install` built them, or Triton on a GPU; off is torch alone.",
     )
     max_batch_size: int = Field(default=32, ge=1, le=1024, description="Requests that decode together.")
     max_model_len: int | None = Field(
