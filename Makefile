@@ -10,7 +10,7 @@ export MALLOC_MMAP_MAX_ = 0
 export MALLOC_TRIM_THRESHOLD_ = 100000000000
 export MALLOC_TOP_PAD_ = 268435456
 
-.PHONY: install run test test-slow check format bench loadtest docs lock lock-gpu clean
+.PHONY: install run test test-slow check format bench llamacpp loadtest docs lock lock-gpu clean
 
 install: .venv/installed
 
@@ -42,6 +42,10 @@ format: install
 
 bench: install
 	$(BIN)/python -m benchmarks.run $(ARGS)
+
+# llama.cpp's batched bench, for `python -m benchmarks.llamacpp`; needs cmake and g++.
+llamacpp: install
+	$(BIN)/python -m benchmarks.build_llamacpp $(ARGS)
 
 loadtest: install
 	$(BIN)/python -m loadtests.run $(ARGS)

@@ -7,7 +7,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def warm(engine: Engine, refs: Iterable[AdapterRef]) -> None:
             time.sleep(0.001)  # a load is under way
 
 
-def alternate(variants: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def alternate(variants: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """Run the variants in turn, `repeats` times; what each gave."""
     results: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(repeats):

@@ -18,15 +18,15 @@ from server.model.gpt2 import GPT2
 PROMPT = 32
 
 
-def step_milliseconds(model: GPT2, batch: int, distinct: int, steps: int) -> float:
+def step_milliseconds(model: GPT2, batch: int, distinct: int, steps: int, prompt: int = PROMPT) -> float:
     """The median time of a decode step with `batch` sequences on `distinct` adapters (0: the base)."""
-    engine = make_engine(model, batch, PROMPT + steps + 8)
+    engine = make_engine(model, batch, prompt + steps + 8)
     refs = [AdapterRef(f"digest{i}", f"a{i}", "") for i in range(distinct)]
     warm(engine, refs)
     for i in range(batch):
         ref = refs[i % distinct] if distinct else None
-        prompt = torch.randint(0, model.config.vocab_size, (PROMPT,)).tolist()
-        engine.add_request(Request(str(i), tuple(prompt), SamplingParams(max_tokens=steps + 6), ref))
+        tokens = torch.randint(0, model.config.vocab_size, (prompt,)).tolist()
+        engine.add_request(Request(str(i), tuple(tokens), SamplingParams(max_tokens=steps + 6), ref))
     times: list[float] = []
     while engine.has_work:
         stats = engine.step().stats
