@@ -3,6 +3,7 @@
 
 template <typename T>
 constexpr bool paired = sizeof(T) == 2;
+constexpr int64_t SMALL_BLOCK = 16 << 10, LARGE_BLOCK = 256 << 10;  // bytes
 
 template <typename T>
 static void pack(const T* w, int64_t stride_k, int64_t stride_n, int64_t K, int64_t N, T* out) {
@@ -21,47 +22,54 @@ static void pack(const T* w, int64_t stride_k, int64_t stride_n, int64_t K, int6
 template <typename T>
 using Operand = std::conditional_t<DOT && paired<T>, bf16, float>;
 
-// R rows of one panel. While it computes it fetches `ahead` lines a step of what comes after, from `next` on.
-template <int R, typename T, typename Y>
-static void tile(const Operand<T>* x, int64_t ldx, const T* panel, const float* bias, Y* y, int64_t ldy, int64_t K,
-                 int64_t cols, const char* next, int ahead) {
-  vec acc[R][NV];
+// acc [R, NR] += x [R, K] w [K, NR], or = if `first`. While it computes it fetches `ahead` lines a step from `next` on.
+template <int R, typename T>
+static void tile(const Operand<T>* x, int64_t ldx, const T* w, int64_t K, float* acc, bool first, const char* next,
+                 int ahead) {
+  vec s[R][NV];
   for (int r = 0; r < R; r++)
-    for (int v = 0; v < NV; v++) acc[r][v] = vec{};
+    for (int v = 0; v < NV; v++) s[r][v] = first ? vec{} : load(acc + r * NR + v * VL);
   constexpr int step = paired<T> ? 2 : 1;
   for (int64_t k = 0; k < K; k += step) {
     for (int i = 0; i < ahead; i++, next += 64) __builtin_prefetch(next, 0, 2);
     if constexpr (DOT && paired<T>) {
-      ivec w[NV];
-      for (int v = 0; v < NV; v++) w[v] = *(const ivec*)(panel + k * NR + v * 2 * VL);
+      ivec two[NV];
+      for (int v = 0; v < NV; v++) two[v] = pairs(w + k * NR + v * 2 * VL);
       for (int r = 0; r < R; r++) {
-        int32_t two = *(const unaligned_int*)(x + r * ldx + k);
-        for (int v = 0; v < NV; v++) acc[r][v] = add_products(acc[r][v], w[v], ivec{} + two);
+        ivec both = ivec{} + *(const unaligned_int*)(x + r * ldx + k);
+        for (int v = 0; v < NV; v++) s[r][v] = add_products(s[r][v], two[v], both);
       }
     } else {
-      vec w[step][NV];
+      vec one[step][NV];
       for (int v = 0; v < NV; v++) {
         if constexpr (paired<T>) {
-          ivec two = *(const ivec*)(panel + k * NR + v * 2 * VL);
-          w[0][v] = (vec)(two << 16);
-          w[1][v] = (vec)(two & -65536);
+          ivec two = pairs(w + k * NR + v * 2 * VL);
+          one[0][v] = (vec)(two << 16);
+          one[1][v] = (vec)(two & -65536);
         } else {
-          w[0][v] = load(panel + k * NR + v * VL);
+          one[0][v] = load(w + k * NR + v * VL);
         }
       }
       for (int i = 0; i < step; i++)
         for (int r = 0; r < R; r++)
-          for (int v = 0; v < NV; v++) acc[r][v] += x[r * ldx + k + i] * w[i][v];
+          for (int v = 0; v < NV; v++) s[r][v] += x[r * ldx + k + i] * one[i][v];
     }
   }
-  for (int r = 0; r < R; r++) {
-    Y* row = y + r * ldy;
+  for (int r = 0; r < R; r++)
+    for (int v = 0; v < NV; v++) store(acc + r * NR + v * VL, s[r][v]);
+}
+
+// y [rows, cols] = acc [rows, NR] + bias
+template <typename Y>
+static void finish(const float* acc, const float* bias, Y* y, int64_t ldy, int64_t rows, int64_t cols) {
+  for (int64_t r = 0; r < rows; r++, acc += NR, y += ldy) {
     if (cols == NR) {
-      for (int v = 0; v < NV; v++) store(row + v * VL, bias ? acc[r][v] + load(bias + v * VL) : acc[r][v]);
+      for (int v = 0; v < NV; v++) {
+        vec s = load(acc + v * VL);
+        store(y + v * VL, bias ? s + load(bias + v * VL) : s);
+      }
     } else {
-      float full[NR];
-      for (int v = 0; v < NV; v++) store(full + v * VL, acc[r][v]);
-      for (int64_t j = 0; j < cols; j++) put(row[j], full[j] + (bias ? bias[j] : 0.0f));
+      for (int64_t j = 0; j < cols; j++) put(y[j], acc[j] + (bias ? bias[j] : 0.0f));
     }
   }
 }
@@ -77,7 +85,9 @@ static const float* widened(const bf16* x, int64_t ldx, int64_t M, int64_t K, st
   return wide.data();
 }
 
-// x [M, K], packed W of N columns, bias [N] or null, y [M, N]
+// x [M, K], packed W of N columns, bias [N] or null, y [M, N]. A panel is read in blocks: small ones where few rows make
+// memory the limit, so that a block comes from memory once and is still in the first cache for the next tile; else as
+// much as the second cache holds, to keep sums in registers for longer. The next block is fetched meanwhile.
 template <typename T, typename Y>
 static void linear(const T* x, int64_t ldx, const T* packed, const float* bias, Y* y, int64_t ldy, int64_t M, int64_t K,
                    int64_t N) {
@@ -89,30 +99,38 @@ static void linear(const T* x, int64_t ldx, const T* packed, const float* bias, 
     operand = widened(x, ldx, M, K, wide);
     if (paired<T>) ldx = K;
   }
-  int64_t panels = (N + NR - 1) / NR, tiles = (M + MR - 1) / MR, bytes = K * NR * (int64_t)sizeof(T);
-  int64_t steps = tiles * (paired<T> ? K / 2 : K);
-  // The first tile of a panel reads it from memory; the others fetch the next panel meanwhile.
-  int ahead = tiles > 1 ? (int)((bytes / 64 + steps - 1) / steps) : 0;
+  constexpr int64_t group = 8 * MR, row_bytes = NR * (int64_t)sizeof(T);
+  int64_t panels = (N + NR - 1) / NR;
 #pragma omp parallel for schedule(static)
   for (int64_t p = 0; p < panels; p++) {
+    alignas(64) float acc[group * NR];
     const T* panel = packed + p * K * NR;
-    const char* next = (const char*)(panel + K * NR);
-    const float* b = bias ? bias + p * NR : nullptr;
-    int64_t cols = N - p * NR < NR ? N - p * NR : NR;
-    for (int64_t t = 0, row = 0; t < tiles; t++) {
-      int64_t rows = (M - row + tiles - t - 1) / (tiles - t);  // tiles of like height
-      const Operand<T>* xr = operand + row * ldx;
-      Y* yr = y + row * ldy + p * NR;
-      const char* part = next + t * (bytes / tiles);
-      switch (rows) {
-        case 1: tile<1>(xr, ldx, panel, b, yr, ldy, K, cols, part, ahead); break;
-        case 2: tile<2>(xr, ldx, panel, b, yr, ldy, K, cols, part, ahead); break;
-        case 3: tile<3>(xr, ldx, panel, b, yr, ldy, K, cols, part, ahead); break;
-        case 4: tile<4>(xr, ldx, panel, b, yr, ldy, K, cols, part, ahead); break;
-        case 5: tile<5>(xr, ldx, panel, b, yr, ldy, K, cols, part, ahead); break;
-        default: tile<6>(xr, ldx, panel, b, yr, ldy, K, cols, part, ahead);
+    for (int64_t from = 0; from < M; from += group) {
+      int64_t count = std::min(group, M - from), tiles = (count + MR - 1) / MR;
+      int64_t block = std::min(K, (tiles <= 3 ? SMALL_BLOCK : LARGE_BLOCK) / row_bytes);
+      int64_t lines = block * row_bytes / 64, steps = tiles * block / (paired<T> ? 2 : 1);
+      int ahead = (int)((lines + steps - 1) / steps);
+      for (int64_t k = 0; k < K; k += block) {
+        const T* w = panel + k * NR;
+        int64_t depth = std::min(block, K - k);
+        for (int64_t t = 0, row = 0; t < tiles; t++) {
+          int64_t rows = (count - row + tiles - t - 1) / (tiles - t);  // tiles of like height
+          const Operand<T>* xr = operand + (from + row) * ldx + k;
+          const char* next = (const char*)(w + block * NR) + t * (lines / tiles) * 64;
+          float* a = acc + row * NR;
+          switch (rows) {
+            case 1: tile<1>(xr, ldx, w, depth, a, k == 0, next, ahead); break;
+            case 2: tile<2>(xr, ldx, w, depth, a, k == 0, next, ahead); break;
+            case 3: tile<3>(xr, ldx, w, depth, a, k == 0, next, ahead); break;
+            case 4: tile<4>(xr, ldx, w, depth, a, k == 0, next, ahead); break;
+            case 5: tile<5>(xr, ldx, w, depth, a, k == 0, next, ahead); break;
+            default: tile<6>(xr, ldx, w, depth, a, k == 0, next, ahead);
+          }
+          row += rows;
+        }
       }
-      row += rows;
+      const float* b = bias ? bias + p * NR : nullptr;
+      finish(acc, b, y + from * ldy + p * NR, ldy, count, std::min<int64_t>(NR, N - p * NR));
     }
   }
 }

@@ -15,7 +15,6 @@ static inline float dot(const float* x, const float* a, int64_t K) {
   for (; k < K; k++) rest += x[k] * a[k];
   return sum((s0 + s1) + (s2 + s3)) + rest;
 }
-static inline ivec pairs(const bf16* p) { return *(const ivec*)p; }
 static inline float dot(const bf16* x, const bf16* a, int64_t K) {
   vec s[4] = {};
   int64_t k = 0;

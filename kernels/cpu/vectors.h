@@ -6,6 +6,7 @@ typedef uint16_t hvec __attribute__((vector_size(VL * 2), aligned(2), may_alias)
 
 static inline vec load(const float* p) { return *(const vec*)p; }
 static inline vec load(const bf16* p) { return (vec)(__builtin_convertvector(*(const hvec*)p, ivec) << 16); }
+static inline ivec pairs(const bf16* p) { return *(const ivec*)p; }
 static inline void store(float* p, vec v) { *(vec*)p = v; }
 static inline void store(bf16* p, vec v) {
   ivec bits = (ivec)v;
