@@ -9,7 +9,7 @@ import ctypes
 from collections.abc import Callable, Sequence
 from ctypes import c_char_p, c_float, c_int64, c_void_p
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -32,6 +32,11 @@ class PackedLinear:
     bias: torch.Tensor | None  # [N] fp32
     k: int
     n: int
+
+    @cached_property
+    def addresses(self) -> tuple[int, int | None]:
+        """Of data and bias."""
+        return self.data.data_ptr(), None if self.bias is None else self.bias.data_ptr()
 
 
 class Native:
@@ -96,9 +101,8 @@ class Native:
 
     def linear(self, x: torch.Tensor, w: PackedLinear, out: torch.Tensor) -> torch.Tensor:
         """out [M, N] = x [M, K] W + b; out is of x's type, or fp32."""
-        bias = None if w.bias is None else w.bias.data_ptr()
         self._linear[x.dtype, out.dtype](
-            x.data_ptr(), x.stride(0), w.data.data_ptr(), bias, out.data_ptr(), out.stride(0), x.shape[0], w.k, w.n
+            x.data_ptr(), x.stride(0), *w.addresses, out.data_ptr(), out.stride(0), x.shape[0], w.k, w.n
         )
         return out
 

@@ -36,15 +36,17 @@ static void lora(const T* x, int64_t ldx, T* y, int64_t ldy, const int64_t* rows
   static thread_local std::vector<float> kept;
   kept.resize(M * MAX_RANK);
   float* xa = kept.data();  // [M, MAX_RANK], the calling thread's
-  int64_t blocks = (N + block - 1) / block;
+  int64_t blocks = (N + block - 1) / block, most = M ? *std::max_element(ranks, ranks + M) : 0;
 #pragma omp parallel
   {
     // By row, as the norm before left x in this core's cache; then by column, as the product left y.
     int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
     int64_t from = blocks * thread / threads * block, to = std::min(N, blocks * (thread + 1) / threads * block);
-#pragma omp for schedule(static)
+    for (int64_t j = 0; M && j < ranks[0]; j++) fetch(b[0] + j * N + from, std::min(ahead, to - from) * sizeof(T));
+#pragma omp for schedule(static) collapse(2)
     for (int64_t n = 0; n < M; n++)
-      for (int64_t j = 0; j < ranks[n]; j++) xa[n * MAX_RANK + j] = dot(x + rows[n] * ldx, a[n] + j * K, K);
+      for (int64_t j = 0; j < most; j++)
+        if (j < ranks[n]) xa[n * MAX_RANK + j] = dot(x + rows[n] * ldx, a[n] + j * K, K);
     for (int64_t n = 0; n < M; n++) {
       const float* weight = xa + n * MAX_RANK;
       const T* next = n + 1 < M ? b[n + 1] : b[n];

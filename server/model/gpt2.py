@@ -125,13 +125,15 @@ class GPT2:
         scale = 1.0 / math.sqrt(head_dim) if self.config.scale_attn_weights else 1.0
         if self.config.scale_attn_by_inverse_layer_idx:
             scale /= layer + 1
-        out = qkv.new_empty(len(qkv), heads, head_dim)
-        n, attend = batch.num_decode, self.backend.attend
+        total, n, attend = qkv.shape[0], batch.num_decode, self.backend.attend
+        out = qkv.new_empty(total, heads, head_dim)
+        if attend and n == total:
+            attend(qkv, keys, values, batch.rows, batch.positions, scale, out)
+            return out.view(total, heads * head_dim)
         first = n if attend else 0  # the kernel writes its tokens' keys and values itself
         q, k, v = qkv.view(-1, 3, heads, head_dim).unbind(1)  # [N, H, Dh] each
-        if first < len(qkv):
-            keys[batch.rows[first:], :, batch.positions[first:]] = k[first:]
-            values[batch.rows[first:], :, batch.positions[first:]] = v[first:]
+        keys[batch.rows[first:], :, batch.positions[first:]] = k[first:]
+        values[batch.rows[first:], :, batch.positions[first:]] = v[first:]
         if n and attend:
             attend(qkv[:n], keys, values, batch.rows, batch.positions, scale, out[:n])
         elif n:
@@ -151,7 +153,7 @@ class GPT2:
                 causal=mask is None,
             )
             out[part] = attended[0].transpose(0, 1)
-        return out.view(-1, heads * head_dim)
+        return out.view(total, heads * head_dim)
 
     def _attend_decode(
         self,

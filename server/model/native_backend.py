@@ -11,14 +11,14 @@ class StepBuffer:
 
     def __init__(self, width: int, dtype: torch.dtype) -> None:
         self._whole = torch.empty(0, width, dtype=dtype)
-        self._rows = self._whole
+        self._rows, self._count = self._whole, 0
 
     def rows(self, count: int) -> torch.Tensor:
         """[count, width], holding what was written last."""
-        if len(self._rows) != count:
+        if self._count != count:
             if len(self._whole) < count:
                 self._whole = self._whole.new_empty(count, self._whole.shape[1])
-            self._rows = self._whole[:count]
+            self._rows, self._count = self._whole[:count], count
         return self._rows
 
 
@@ -67,7 +67,7 @@ class NativeLinear:
         self.nbytes = weight.nbytes + bias.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._native.linear(x, self._packed, self._out.rows(len(x)))
+        return self._native.linear(x, self._packed, self._out.rows(x.shape[0]))
 
 
 class NativeNorm:
@@ -78,7 +78,7 @@ class NativeNorm:
         self.nbytes = self._weight.nbytes + self._bias.nbytes
 
     def __call__(self, x: torch.Tensor, delta: torch.Tensor | None = None) -> torch.Tensor:
-        return self._native.norm(x, delta, self._weight, self._bias, self._eps, self._out.rows(len(x)))
+        return self._native.norm(x, delta, self._weight, self._bias, self._eps, self._out.rows(x.shape[0]))
 
 
 class NativeEmbedding:
@@ -92,4 +92,4 @@ class NativeEmbedding:
         return self._native.rows_of(self._packed, token_ids)
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
-        return self._native.linear(x, self._packed, self._logits.rows(len(x)))
+        return self._native.linear(x, self._packed, self._logits.rows(x.shape[0]))
