@@ -9,7 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -30,6 +30,7 @@ MEDIUM = {"n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 1024}
 RANK = 8
 TARGETS = ("attn.c_attn", "attn.c_proj")
 CPU = torch.device("cpu")
+T = TypeVar("T")
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -52,14 +53,17 @@ def make_model(folder: Path | None, dtype: torch.dtype, kernels: str = "auto") -
     return build_model(config, backend, lambda name: torch.randn(shapes[name]).mul_(0.02).to(dtype))
 
 
-def make_adapter(ref: AdapterRef, model: GPT2, rank: int = RANK) -> Adapter:
-    """Random weights on c_attn and attn.c_proj; the rank is the digest's suffix `@r`, if it has one."""
+def make_adapter(ref: AdapterRef, model: GPT2, rank: int = RANK, dtype: torch.dtype | None = None) -> Adapter:
+    """Random weights on c_attn and attn.c_proj; the rank is the digest's suffix `@r`, if it has one.
+
+    `dtype`: the model's if None.
+    """
     rank = int(ref.digest.partition("@")[2] or rank)
     shape, pairs = model.config.adapter_shape, {}
     for layer in range(shape.n_layer):
         for target in TARGETS:
             n_in, n_out = shape.in_out(target)
-            a, b = (0.02 * torch.randn(rank, n).to(model.dtype) for n in (n_in, n_out))
+            a, b = (0.02 * torch.randn(rank, n).to(dtype or model.dtype) for n in (n_in, n_out))
             pairs[ModuleKey(layer, target)] = LoraPair(a, b)
     return Adapter(ref.digest, pairs)
 
@@ -70,9 +74,11 @@ def adapter_bytes(model: GPT2, rank: int = RANK) -> int:
     return shape.n_layer * rank * sum(sum(shape.in_out(target)) for target in TARGETS) * model.dtype.itemsize
 
 
-def make_engine(model: GPT2, batch: int, max_len: int, memory: int = 1 << 30) -> Engine:
-    """The engine alone over `model`, its adapters random; `memory`: bytes of the adapters' arena."""
-    residency = Residency(lambda ref: make_adapter(ref, model), Arena(memory, CPU, model.dtype))
+def make_engine(
+    model: GPT2, batch: int, max_len: int, memory: int = 1 << 30, load: Callable[[AdapterRef], Adapter] | None = None
+) -> Engine:
+    """The engine alone over `model`; `memory`: bytes of the adapters' arena; `load`: random adapters if None."""
+    residency = Residency(load or (lambda ref: make_adapter(ref, model)), Arena(memory, CPU, model.dtype))
     kv_cache = KVCache(model.config, batch, max_len, CPU, model.dtype)
     config = EngineConfig(batch, max_len, max(512, batch), memory)
     return Engine(config, ModelRunner(model, kv_cache, residency), residency, None, [])
@@ -87,9 +93,9 @@ def warm(engine: Engine, refs: Iterable[AdapterRef]) -> None:
             time.sleep(0.001)  # a load is under way
 
 
-def alternate(variants: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def alternate(variants: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
     """Run the variants in turn, `repeats` times; what each gave."""
-    results: dict[str, list[float]] = {name: [] for name in variants}
+    results: dict[str, list[T]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, run in variants.items():
             results[name].append(run())
