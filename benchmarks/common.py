@@ -30,6 +30,7 @@ MEDIUM = {"n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 1024}
 RANK = 8
 TARGETS = ("attn.c_attn", "attn.c_proj")
 CPU = torch.device("cpu")
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -75,12 +76,17 @@ def adapter_bytes(model: GPT2, rank: int = RANK) -> int:
 
 
 def make_engine(
-    model: GPT2, batch: int, max_len: int, memory: int = 1 << 30, load: Callable[[AdapterRef], Adapter] | None = None
+    model: GPT2,
+    batch: int,
+    max_len: int,
+    memory: int = 1 << 30,
+    load: Callable[[AdapterRef], Adapter] | None = None,
+    max_batch_tokens: int = 128,
 ) -> Engine:
     """The engine alone over `model`; `memory`: bytes of the adapters' arena; `load`: random adapters if None."""
     residency = Residency(load or (lambda ref: make_adapter(ref, model)), Arena(memory, CPU, model.dtype))
     kv_cache = KVCache(model.config, batch, max_len, CPU, model.dtype)
-    config = EngineConfig(batch, max_len, max(512, batch), memory)
+    config = EngineConfig(batch, max_len, max(max_batch_tokens, batch), memory)
     return Engine(config, ModelRunner(model, kv_cache, residency), residency, None, [])
 
 
@@ -93,9 +99,9 @@ def warm(engine: Engine, refs: Iterable[AdapterRef]) -> None:
             time.sleep(0.001)  # a load is under way
 
 
-def alternate(variants: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
+def alternate(variants: Mapping[K, Callable[[], T]], repeats: int) -> dict[K, list[T]]:
     """Run the variants in turn, `repeats` times; what each gave."""
-    results: dict[str, list[T]] = {name: [] for name in variants}
+    results: dict[K, list[T]] = {name: [] for name in variants}
     for _ in range(repeats):
         for name, run in variants.items():
             results[name].append(run())

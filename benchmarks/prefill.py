@@ -1,6 +1,7 @@
 """Time to take in a prompt, alone and beside running streams: `python -m benchmarks.prefill [--json]`.
 
-Prompts of 128 and 896 tokens in steps of at most 512; `stall` is the longest step of 8 running streams meanwhile.
+Prompts of 128 and 896 tokens in steps of at most 128 (the server's on a CPU) and 512 tokens; `stall` is the longest
+step of 8 running streams meanwhile.
 """
 
 import time
@@ -13,9 +14,9 @@ from server.engine.types import Request, SamplingParams
 from server.model.gpt2 import GPT2
 
 
-def first_token(model: GPT2, length: int, streams: int) -> tuple[float, float]:
+def first_token(model: GPT2, length: int, streams: int, step_tokens: int) -> tuple[float, float]:
     """Milliseconds until the prompt's first token, and of the longest step until then."""
-    engine = make_engine(model, streams + 1, 1000)
+    engine = make_engine(model, streams + 1, 1000, max_batch_tokens=step_tokens)
     for i in range(streams):
         engine.add_request(Request(f"s{i}", (i + 1,) * 32, SamplingParams(max_tokens=60), stream=True))
     for _ in range(4 if streams else 0):
@@ -39,21 +40,19 @@ def main() -> None:
     args = p.parse_args()
     model = make_model(args.model, getattr(torch, args.dtype))
     for length in (128, 896):
-        stalls: dict[str, list[float]] = {}
-
-        def run(streams: int, length: int = length, stalls: dict[str, list[float]] = stalls) -> float:
-            total, longest = first_token(model, length, streams)
-            stalls.setdefault(str(streams), []).append(longest)
-            return total
-
-        times = alternate({str(n): partial(run, n) for n in (0, 8)}, args.repeats)
-        for streams, values in times.items():
-            row = {"benchmark": "prefill", "dtype": args.dtype, "prompt": length, "streams": int(streams)}
-            row |= {
-                "ms_to_first_token": median(values),
-                "prompt_tokens_per_second": round(1000 * length / median(values)),
-            }
-            emit(row | {"stall_ms": median(stalls[streams])}, args.json)
+        variants = {
+            (streams, tokens): partial(first_token, model, length, streams, tokens)
+            for streams in (0, 8)
+            for tokens in (128, 512)
+        }
+        for (streams, tokens), values in alternate(variants, args.repeats).items():
+            total, longest = (median(list(figures)) for figures in zip(*values, strict=True))
+            row = {"benchmark": "prefill", "dtype": args.dtype, "prompt": length, "streams": streams}
+            row |= {"step_tokens": tokens, "ms_to_first_token": total}
+            emit(
+                row | {"prompt_tokens_per_second": round(1000 * length / total), "stall_ms": longest},
+                args.json,
+            )
 
 
 if __name__ == "__main__":

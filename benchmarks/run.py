@@ -1,4 +1,6 @@
-"""`make bench`: a bounded selection of the benchmarks, about ten minutes, rendered into benchmarks/results/.
+"""`make bench`: a bounded selection of the benchmarks, about twenty minutes, rendered into benchmarks/results/.
+
+llama.cpp is compared where `make llamacpp` has built it.
 
 Writes NAME.jsonl (every row with hardware, versions, commit), NAME.md (tables) and NAME.png (decode steps).
 """
@@ -13,13 +15,18 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from benchmarks.build_llamacpp import BUILD, TOOL
+
 RESULTS = Path(__file__).resolve().parent / "results"
 SELECTION: dict[str, list[str]] = {
     "floor": [],
     "decode": ["--repeats", "3"],
+    "peft": ["--adapters", "8", "32", "--repeats", "3"],
     "sampler": ["--repeats", "2"],
-    "peft": ["--adapters", "8", "32", "--repeats", "2"],
-    "server": ["--repeats", "2"],
+    "prefill": ["--repeats", "2"],
+    "adapters": [],
+    "server": ["--repeats", "3"],
+    "llamacpp": [],
 }
 HARDWARE = ("cpu", "cores", "threads", "torch", "python", "commit")
 LIMIT_SECONDS = 600
@@ -61,19 +68,32 @@ def plot(rows: Sequence[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=90, metadata={"Software": None})
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--name", default="cpu", help="of the files in benchmarks/results")
-    parser.add_argument("--only", nargs="+", choices=list(SELECTION), default=list(SELECTION))
+    built = [name for name in SELECTION if name != "llamacpp" or (BUILD / TOOL).is_file()]
+    parser.add_argument("--only", nargs="+", choices=list(SELECTION), default=built)
     args = parser.parse_args()
-    rows = [row for name in args.only for row in run(name, SELECTION[name])]
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
+    for name in args.only:
+        try:
+            rows += run(name, SELECTION[name])
+        except subprocess.SubprocessError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            failed.append(name)
+    if not rows:
+        return 1
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{args.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (RESULTS / f"{args.name}.md").write_text(tables(rows))
-    if "decode" in args.only:
+    if any(row["benchmark"] == "decode" for row in rows):
         plot(rows, RESULTS / f"{args.name}.png")
     print(tables(rows))
+    if failed:
+        print(f"failed, their rows are missing: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

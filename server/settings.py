@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from dotenv import dotenv_values
-from pydantic import ByteSize, Field, SecretStr, field_validator
+from pydantic import ByteSize, Field, SecretStr, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
 
 from server.model.source import DEMO_MODEL
@@ -56,6 +56,12 @@ class Settings(BaseSettings):
     max_model_len: int | None = Field(
         None, ge=2, description="Positions of a request, prompt and output; the model's own if left out."
     )
+    max_batch_tokens: int | None = Field(
+        None,
+        ge=1,
+        description="Tokens of one step, running requests and chunks of prompts together: so long may a prompt hold up "
+        "the others. At least max_batch_size; if left out 128 on a CPU, 512 on a GPU, or twice max_batch_size.",
+    )
     max_waiting: int = Field(
         default=1024, ge=0, description="Requests that may wait for a place; more are answered 429."
     )
@@ -81,6 +87,14 @@ class Settings(BaseSettings):
     def _not_blank(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not value.get_secret_value().strip():
             raise ValueError("is blank; leave it out to have no key")
+        return value
+
+    @field_validator("max_batch_tokens")
+    @classmethod
+    def _a_token_for_each(cls, value: int | None, info: ValidationInfo) -> int | None:
+        batch = info.data.get("max_batch_size")  # missing if it is wrong itself
+        if value is not None and batch is not None and value < batch:
+            raise ValueError(f"must be at least {batch}, --max-batch-size: every running request needs a token a step")
         return value
 
 

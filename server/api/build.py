@@ -24,7 +24,7 @@ def build(settings: Settings, model_dir: Path) -> tuple[Engine, EngineInfo]:
     config = GPT2Config.read(model_dir)
     start = time.perf_counter()
     vocab = Tokenizer(model_dir).vocabulary(config.vocab_size)
-    engine = build_engine(model_dir, engine_config(settings, config), device, dtype, vocab, settings.kernels)
+    engine = build_engine(model_dir, engine_config(settings, config, device), device, dtype, vocab, settings.kernels)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
     seconds = time.perf_counter() - start
     logger.info("model ready in %.1f s: %s, %s, %s, %s", seconds, model_dir, name, dtype, engine.backend)
@@ -35,13 +35,13 @@ def build(settings: Settings, model_dir: Path) -> tuple[Engine, EngineInfo]:
     return engine, info
 
 
-def engine_config(settings: Settings, config: GPT2Config) -> EngineConfig:
-    """The engine's limits. Raises ValueError naming the setting."""
+def engine_config(settings: Settings, config: GPT2Config, device: torch.device) -> EngineConfig:
+    """The engine's limits."""
     batch = settings.max_batch_size
     return EngineConfig(
         max_batch_size=batch,
         max_model_len=settings.max_model_len or config.n_positions,
-        max_batch_tokens=max(512, 2 * batch),
+        max_batch_tokens=settings.max_batch_tokens or max(128 if device.type == "cpu" else 512, 2 * batch),
         adapter_memory=int(settings.adapter_memory),
     )
 

@@ -25,6 +25,14 @@ def test_the_adapters_memory_is_read_as_a_size_and_checked(capsys: pytest.Captur
         assert f"'{value}'" in line
 
 
+def test_fewer_tokens_a_step_than_requests_run_exits_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["--max-batch-tokens", "31"]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("--max-batch-tokens: must be at least 32, --max-batch-size")
+    assert cli.main(["--max-batch-tokens", "31", "--max-batch-size", "0"]) == 2
+    assert capsys.readouterr().err.startswith("--max-batch-size: "), "the wrong one is named, not the one beside it"
+
+
 def test_more_positions_than_the_model_has_exits_2(caplog: pytest.LogCaptureFixture) -> None:
     assert cli.main(["--max-model-len", "5000"]) == 2
     assert "--max-model-len 5000 exceeds the model's 256 positions" in caplog.text
