@@ -27,17 +27,28 @@ class Extents:
         self.used = 0
 
     def take(self, sizes: Sequence[int]) -> list[int] | None:
-        """A start for each size, the first place where it fits; None, and nothing taken, if one fits nowhere."""
-        free, starts = list(self._free), list[int]()
-        for size in map(_rounded, sizes):
-            i = next((i for i, (_, room) in enumerate(free) if room >= size), None)
-            if i is None:
-                return None
-            start, room = free[i]
-            starts.append(start)
-            free[i : i + 1] = [(start + size, room - size)] if room > size else []
-        self._free = free
-        self.used += sum(map(_rounded, sizes))
+        """A start for each size: side by side where all fit, else each where it fits first.
+
+        None, and nothing taken, if one fits nowhere.
+        """
+        rounded = [_rounded(size) for size in sizes]
+        total = sum(rounded)
+        free = [list(extent) for extent in self._free]
+        whole = next((extent for extent in free if extent[1] >= total), None)
+        starts = list[int]()
+        seen: dict[int, int] = {}  # by size: no extent before this one has room for it
+        for size in rounded:
+            extent = whole
+            if extent is None:
+                i = next((i for i in range(seen.get(size, 0), len(free)) if free[i][1] >= size), None)
+                if i is None:
+                    return None
+                seen[size], extent = i, free[i]
+            starts.append(extent[0])
+            extent[0] += size
+            extent[1] -= size
+        self._free = [(start, room) for start, room in free if room]
+        self.used += total
         return starts
 
     def give_back(self, starts: Sequence[int], sizes: Sequence[int]) -> None:

@@ -15,6 +15,8 @@ from adapters.slots import SlotTable
 RETRY_SECONDS = 5.0
 PATIENCE = 16
 """Polls that an adapter waits for room before those asked for may be evicted for it, and others wait their turn."""
+LOADS_AHEAD = 8
+"""Adapters that are read into host memory, or wait there for room, at once."""
 SLOTS = 4096
 """Adapters on a device at once, however small they are, and the base."""
 
@@ -96,11 +98,15 @@ class Residency:
         return sum(resident.adapter is not None for resident in self._residents.values())
 
     def prefetch(self, ref: AdapterRef) -> AdapterStatus:
-        """Mark `ref` as wanted soon, start loading it if it is absent, and say where it stands."""
+        """Mark `ref` as wanted soon, start loading it if it is absent, and say where it stands.
+
+        Still ABSENT: so many others are being loaded that it has to be asked for again.
+        """
         self._forget_failure(ref)
         self._wanted.add(ref.digest)
         self._slots.touch(ref.digest)
-        if self.status(ref.digest) is AdapterStatus.ABSENT:
+        ahead = len(self._reading) + len(self._staged)
+        if self.status(ref.digest) is AdapterStatus.ABSENT and ahead < LOADS_AHEAD:
             self._reading[ref.digest] = self._executor.submit(_timed, self._load, ref), ref.path
         return self.status(ref.digest)
 

@@ -34,10 +34,13 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Flags that every benchmark has."""
+def parser(description: str, model: bool = True) -> argparse.ArgumentParser:
+    """Flags that every benchmark has; `model`: whether it runs one."""
     p = argparse.ArgumentParser(description=description)
-    p.add_argument("--model", type=Path, help="a checkpoint directory instead of random weights at gpt2-medium's sizes")
+    if model:
+        p.add_argument(
+            "--model", type=Path, help="a checkpoint directory instead of random weights at gpt2-medium's sizes"
+        )
     p.add_argument("--repeats", type=int, default=3, help="runs of each variant, alternated")
     p.add_argument("--json", action="store_true", help="one JSON line a row")
     return p

@@ -69,7 +69,7 @@ def _best(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    args = parser(__doc__ or "").parse_args()
+    args = parser(__doc__ or "", model=False).parse_args()
     for dtype in (torch.float32, torch.bfloat16):
         machine = Machine.measure(dtype)
         row = {"benchmark": "floor", "dtype": str(dtype).removeprefix("torch.")}

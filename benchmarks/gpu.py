@@ -1,12 +1,12 @@
 """Everything about the GPU path in one call: checks, then times, a short table last.
 
-`python -m benchmarks.gpu --out DIR`. Checks: the kernels' tests as compiled, and greedy tokens of the captured engine
-against the CPU's in fp32. Times, at gpt2-medium's sizes in --dtype (random weights, rank 8 on c_attn and attn.c_proj,
-prompts of 32 tokens): the two ceilings (copy bandwidth, matrix products), an engine step by batch size and distinct
-adapters (`step_ms`, everything included, and `graph_ms`, the replay alone by device events), sampling, a prompt of 512
-tokens, an adapter's way to the device, and PEFT's mixed batch where peft is installed. `to_floor` is a step over the
-reading of the weights, and of the distinct adapters', at the copy's bandwidth. Rows go to DIR/gpu.csv; a part that
-fails is told on stderr and by the exit status.
+`python -m benchmarks.gpu --out DIR`. Checks: the kernels' tests as compiled (pytest and hypothesis have to be there),
+and greedy tokens of the captured engine against the CPU's in fp32. Times, at gpt2-medium's sizes in --dtype (random
+weights, or --model; rank 8 on c_attn and attn.c_proj, prompts of 32 tokens): the two ceilings (copy bandwidth, matrix
+products), an engine step by batch size and distinct adapters (`step_ms`, all included, and `graph_ms`, the replay
+alone by device events), sampling, a prompt of 512 tokens, an adapter's way to the device, and PEFT's mixed batch where
+peft is installed. `to_floor` is a step over the reading of the weights, and of the distinct adapters', at the copy's
+bandwidth. Rows go to DIR/gpu.csv; a part that fails is told on stderr and by the exit status.
 """
 
 import csv
@@ -33,7 +33,7 @@ from server.engine.types import Request, SamplingParams
 from server.model.backend import choose_backend
 from server.model.config import GPT2Config
 from server.model.gpt2 import GPT2
-from server.model.loader import build_model, expected_shapes
+from server.model.loader import build_model, expected_shapes, load_model
 
 CUDA = torch.device("cuda")
 PROMPT, STEPS = 32, 40
@@ -224,12 +224,12 @@ def sampler() -> list[Row]:
     return rows
 
 
-def peft(steps_done: list[Row]) -> list[Row]:
+def peft(steps_done: list[Row], folder: Path | None) -> list[Row]:
     """PEFT's mixed batch, B = 32 with 32 adapters, against our step of the same."""
     from benchmarks.peft import BATCH, peft_mixed, peft_model, step_milliseconds
 
-    model = peft_model(32).to(CUDA, torch.bfloat16)
-    prompts = torch.randint(0, 50257, (BATCH, PROMPT), device=CUDA)
+    model = peft_model(32, folder).to(CUDA, torch.bfloat16)
+    prompts = torch.randint(0, model.config.vocab_size, (BATCH, PROMPT), device=CUDA)
     run = partial(peft_mixed, model, prompts, [f"a{i}" for i in range(BATCH)])
     run(2)
     theirs = step_milliseconds(lambda tokens: (run(tokens), torch.cuda.synchronize())[0])
@@ -265,11 +265,12 @@ def main() -> int:
     limits = ceilings()
     rows.append({"part": "ceilings", "what": "copy, GB/s", "result": round(limits["bandwidth"] / 1e9)})
     rows.append({"part": "ceilings", "what": "products, TFLOP/s", "result": round(limits["flops"] / 1e12)})
-    model = random_model(MEDIUM, CUDA, getattr(torch, args.dtype))
+    dtype = getattr(torch, args.dtype)
+    model = random_model(MEDIUM, CUDA, dtype) if args.model is None else load_model(args.model, CUDA, dtype)
     taken = part("steps", partial(steps, model, limits["bandwidth"]))
     part("sampler", sampler)
     part("prefill", partial(others, model))
-    part("peft", partial(peft, taken))
+    part("peft", partial(peft, taken, args.model))
     machine = hardware() | {"gpu": torch.cuda.get_device_name(), "dtype": args.dtype}
     args.out.mkdir(parents=True, exist_ok=True)
     columns = list(dict.fromkeys(key for row in rows for key in row)) + list(machine)

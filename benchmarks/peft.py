@@ -1,13 +1,14 @@
 """A mixed batch on PEFT and on our engine, alternated: `python -m benchmarks.peft [--json]`.
 
-The same work on both sides: gpt2-medium sizes (random weights), fp32, 32 prompts of 32 tokens, greedy without stopping,
-rank 8 on c_attn and attn.c_proj. PEFT in two ways: one `generate` with `adapter_names`, and `set_adapter` with one
-`generate` for each adapter. A decode step is the time of 17 tokens less that of one, over 16.
+The same work on both sides: gpt2-medium's sizes (random weights, or --model), fp32, 32 prompts of 32 tokens, greedy
+without stopping, rank 8 on c_attn and attn.c_proj. PEFT in two ways: one `generate` with `adapter_names`, and
+`set_adapter` with one `generate` for each adapter. A decode step is the time of 17 tokens less that of one, over 16.
 """
 
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,9 +24,13 @@ BATCH, PROMPT, TOKENS = 32, 32, 17
 Run = Callable[[int], float]  # number of tokens -> seconds
 
 
-def peft_model(adapters: int) -> Any:
+def peft_model(adapters: int, folder: Path | None = None) -> Any:
     """PEFT on transformers' GPT-2, with `adapters` adapters of random weights named a0, a1, ..."""
-    model: Any = GPT2LMHeadModel(GPT2Config.from_dict(MEDIUM)).eval()
+    model: Any
+    if folder is None:
+        model = GPT2LMHeadModel(GPT2Config.from_dict(MEDIUM)).eval()
+    else:
+        model = GPT2LMHeadModel.from_pretrained(folder).eval()
     config = LoraConfig(
         r=RANK, target_modules=["c_attn", "attn.c_proj"], fan_in_fan_out=True, init_lora_weights=False,
         task_type="CAUSAL_LM",
@@ -82,10 +87,11 @@ def main() -> None:
     p = parser(__doc__ or "")
     p.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 32])
     args = p.parse_args()
-    engine = make_engine(make_model(None, torch.float32), BATCH, PROMPT + TOKENS + 1)
-    prompts = torch.randint(0, 50257, (BATCH, PROMPT))
+    ours_model = make_model(args.model, torch.float32)
+    engine = make_engine(ours_model, BATCH, PROMPT + TOKENS + 1)
+    prompts = torch.randint(0, ours_model.config.vocab_size, (BATCH, PROMPT))
     for count in args.adapters:
-        model = peft_model(count)
+        model = peft_model(count, args.model)
         names = [f"a{i % count}" for i in range(BATCH)]
         warm(engine, [AdapterRef(name, name, "") for name in names[:count]])
         runs: dict[str, Run] = {

@@ -29,7 +29,7 @@ SELECTION: dict[str, list[str]] = {
     "llamacpp": [],
 }
 HARDWARE = ("cpu", "cores", "threads", "torch", "python", "commit")
-LIMIT_SECONDS = 600
+LIMIT_SECONDS = 900
 
 
 def run(name: str, flags: Sequence[str]) -> list[dict[str, Any]]:

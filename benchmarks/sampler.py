@@ -33,7 +33,7 @@ def milliseconds(logits: torch.Tensor, rows: list[SamplingRow], kernels: str) ->
 
 
 def main() -> None:
-    args = parser(__doc__ or "").parse_args()
+    args = parser(__doc__ or "", model=False).parse_args()
     torch.manual_seed(0)
     logits = {"peaked": 6 * torch.randn(BATCH, VOCAB), "flat": 1.5 * torch.randn(BATCH, VOCAB)}
     params = {name: [SamplingParams(**fields, seed=i) for i in range(BATCH)] for name, fields in WAYS.items()}

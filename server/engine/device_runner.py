@@ -38,6 +38,7 @@ class DeviceRunner:
         self._prompts = StepInputs(max_batch_tokens, device)
         self._outputs = StepOutputs(self._decode.capacity + self._padding_row, device)
         self._seen = torch.zeros(self._padding_row + 1, vocab, dtype=torch.uint8, device=device)  # for penalties
+        self._one = torch.ones((), dtype=torch.uint8, device=device)
         self._lora = SlotLora(residency.arena, model.config.adapter_shape, residency.slots)
         self._graphs = Graphs(capture)
 
@@ -115,7 +116,7 @@ class DeviceRunner:
         logits = self._model.forward(batch, self._kv.k, self._kv.v, lora)  # [S, V]
         samples = len(inputs.output_index)
         if num_decode:  # each brings the token that was chosen for it last; before sampling, which may run again
-            self._seen[inputs.rows, inputs.token_ids] = 1
+            self._seen.index_put_((inputs.rows, inputs.token_ids), self._one)
         if samples:
             choose(
                 logits, self._seen, inputs.sample_rows, inputs.penalty, inputs.temperature, inputs.top_k, inputs.top_p,

@@ -13,7 +13,7 @@ import adapters.residency as residency_module
 from adapters.adapter import Adapter, AdapterRef
 from adapters.arena import Arena
 from adapters.errors import AdapterRefused, AdapterUnavailable
-from adapters.residency import AdapterStatus, Residency
+from adapters.residency import LOADS_AHEAD, AdapterStatus, Residency
 from adapters.slots import SlotTable
 from tests.engine.toy import ADAPTER_BYTES, CPU, toy_adapter
 
@@ -151,6 +151,19 @@ def test_with_everything_pinned_a_load_waits_and_nothing_is_lost(residency: Resi
     assert loader.loaded == ["a", "b", "c"], "read once, however long it waited"
     residency.unpin("a")
     residency.check_integrity()
+
+
+def test_only_so_many_are_in_host_memory_at_once(loader: Loader) -> None:
+    residency = Residency(loader, Arena(99 * ADAPTER_BYTES, CPU, torch.float32))
+    loader.gate.clear()
+    digests = [f"d{i}" for i in range(LOADS_AHEAD + 3)]
+    statuses = [residency.prefetch(ref(digest)) for digest in digests]
+    assert statuses == [AdapterStatus.LOADING] * LOADS_AHEAD + [AdapterStatus.ABSENT] * 3
+    loader.gate.set()
+    settle(residency)
+    assert residency.resident == LOADS_AHEAD
+    ready(residency, *digests[-3:])
+    residency.close()
 
 
 def test_a_load_that_nobody_waits_for_any_more_is_dropped(residency: Residency) -> None:
