@@ -72,8 +72,8 @@ class DeviceRunner:
         if prompts:
             self._run_prompts(prompts)
         count = sum(item.samples for item in prompts)
-        if not decoding and not count:
-            return Sampled([], [])
+        # Also where nothing was sampled: when this returns the step has ended, the host's buffers may be written anew,
+        # and adapters that it read may be evicted.
         tokens, logprobs = self._outputs.download()
         kept = [*range(len(decoding)), *range(self._decode.capacity, self._decode.capacity + count)]
         return Sampled([tokens[i] for i in kept], [logprobs[i] for i in kept])
