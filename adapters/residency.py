@@ -225,7 +225,9 @@ class Residency:
     def _forget_failure(self, ref: AdapterRef) -> None:
         """Forget an I/O error that is old, or of another folder with the same content."""
         error, when, path = self._errors.get(ref.digest, (None, 0.0, ""))
-        if isinstance(error, AdapterUnavailable) and (path != ref.path or time.monotonic() - when >= RETRY_SECONDS):
+        if isinstance(error, AdapterUnavailable) and (
+            (path and path != ref.path) or time.monotonic() - when >= RETRY_SECONDS
+        ):
             del self._errors[ref.digest]
 
 

@@ -67,7 +67,10 @@ class NativeLinear:
         self.nbytes = weight.nbytes + bias.nbytes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._native.linear(x, self._packed, self._out.rows(x.shape[0]))
+        out = self._out.rows(x.shape[0])
+        if out.data_ptr() == x.data_ptr():  # n_inner equal to n_embd: c_fc's result is what c_proj reads
+            out = torch.empty_like(out)
+        return self._native.linear(x, self._packed, out)
 
 
 class NativeNorm:
