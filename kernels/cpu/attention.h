@@ -23,8 +23,8 @@ static void attend(const T* qkv, T* keys, T* values, const int64_t* rows, const 
 #pragma omp parallel
   {
     static thread_local std::vector<float> kept;
-    kept.resize(max_len + VL + 2 * Dh);
-    float *scores = kept.data(), *wide = scores + max_len + VL, *sums = wide + Dh;
+    kept.resize(max_len + VL + Dh);
+    float *scores = kept.data(), *wide = scores + max_len + VL;
 #pragma omp for schedule(dynamic, 8)
     for (int64_t i = 0; i < D * H; i++) {
       int64_t d = i / H, h = i % H, length = positions[d] + 1;
