@@ -43,7 +43,7 @@ class Native:
     """The kernels of one instruction set."""
 
     def __init__(self, isa: str | None = None) -> None:
-        """`isa`: avx512, avx2 or plain; if None the best there is. Raises NativeUnavailable."""
+        """`isa`: avx512_bf16, avx512, avx2 or plain; if None the best there is. Raises NativeUnavailable."""
         path = library()
         if not path.is_file():
             raise NativeUnavailable(
