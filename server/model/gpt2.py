@@ -98,7 +98,7 @@ class GPT2:
     def forward(
         self, batch: ForwardBatch, k_cache: torch.Tensor, v_cache: torch.Tensor, lora: Lora | None
     ) -> torch.Tensor:
-        """Logits [S, V] of `batch.output_index`, in the backend's type for them; writes the batch's keys and values into the caches.
+        """Logits [S, V] of `batch.output_index`, of the backend's type; writes the batch's keys and values too.
 
         k_cache, v_cache [layers, rows, H, max_len, Dh]; `lora` None when every row is the base's.
         """
