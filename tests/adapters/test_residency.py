@@ -223,6 +223,7 @@ def test_a_copy_that_fails_gives_its_room_back(residency: Residency, monkeypatch
         residency.prefetch(ref("a"))
         settle(residency)
     assert str(residency.error("a")) == "loading failed: RuntimeError: copy engine"
+    assert residency.prefetch(ref("a")) is AdapterStatus.FAILED, "told, not tried again at once"
     assert residency.arena.used_bytes == 0
     ready(residency, "b", "c")
     residency.check_integrity()
