@@ -112,7 +112,8 @@ def test_an_adapter_that_overflows_harms_its_own_row_only(weight: float) -> None
     add_lora(expected, x, key, [good, None, None])
     PackCache().batch([good, None, wild], CPU).add(y, x, key)
     assert not y[2].isfinite().any(), "a vain test: nothing overflows"
-    torch.testing.assert_close(y[:2], expected[:2])
+    # Terms of about 10 times their sum, in another order; what is guarded against is NaN.
+    torch.testing.assert_close(y[:2], expected[:2], rtol=1e-5, atol=1e-4)
 
 
 def test_a_batch_of_the_base_needs_no_pack() -> None:
