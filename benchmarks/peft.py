@@ -43,7 +43,7 @@ def peft_model(adapters: int, folder: Path | None = None) -> Any:
     if folder is None:
         model = GPT2LMHeadModel(GPT2Config.from_dict(MEDIUM)).eval()
     else:
-        model = GPT2LMHeadModel.from_pretrained(folder).eval()
+        model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()  # whatever it was saved in
     config = LoraConfig(
         r=RANK, target_modules=["c_attn", "attn.c_proj"], fan_in_fan_out=True, init_lora_weights=False,
         task_type="CAUSAL_LM",
