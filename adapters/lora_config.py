@@ -4,7 +4,6 @@ Every field is either honoured, known not to change the forward pass, or refused
 Source: `peft.LoraConfig` and its matching rules (`check_target_module_exists`, `get_pattern_key`).
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,7 +12,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from adapters.adapter import TARGETS, BaseShape, ModuleKey
-from adapters.errors import AdapterRefused, AdapterUnavailable
+from adapters.errors import AdapterRefused
+from adapters.tensorfile import open_regular, parse_json
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
@@ -75,15 +75,10 @@ def read_lora_spec(folder: Path, shape: BaseShape) -> LoraSpec:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise AdapterRefused(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes")
-        value = json.loads(path.read_bytes())
+        with open_regular(path, MAX_CONFIG_BYTES) as file:
+            value = parse_json(file.read(MAX_CONFIG_BYTES), CONFIG_FILE)
     except FileNotFoundError:
         raise AdapterRefused(f"no {CONFIG_FILE} in {path.parent.name}: not a PEFT adapter folder") from None
-    except OSError as error:
-        raise AdapterUnavailable(f"{CONFIG_FILE} can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise AdapterRefused(f"{CONFIG_FILE} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise AdapterRefused(f"{CONFIG_FILE} holds {type(value).__name__}, expected an object")
     return cast("dict[str, Any]", value)

@@ -16,7 +16,9 @@ from pathlib import Path
 from adapters.adapter import AdapterManifest, BaseShape
 from adapters.errors import AdapterError, AdapterRefused, AdapterUnavailable
 from adapters.lora_config import CONFIG_FILE
+from adapters.tensorfile import open_regular
 from adapters.validation import MAX_WEIGHTS_BYTES, WEIGHTS_FILE, inspect_adapter
+from adapters.values import check_values
 
 SIDECARS = ("golden.json", "report.json", "README.md", "loss.png")
 """What may lie beside the weights: no part of the identity, replaced when the same content is published again."""
@@ -59,12 +61,13 @@ class Objects:
 
         Raises AdapterRefused, AdapterUnavailable.
         """
-        with self._readable(source), self.staging() as staged:
+        with _storing(source), self.staging() as staged:
             for file in ADAPTER_FILES:
-                if (source / file).is_file():
+                if (source / file).exists():
                     _copy(source / file, staged / file)
             try:
                 manifest = inspect_adapter(staged, name, shape)
+                check_values(staged, manifest)
             except AdapterRefused:
                 inspect_adapter(source, name, shape)  # tells of the folder by its own name
                 raise
@@ -108,19 +111,19 @@ class Objects:
         except AdapterError:
             return False
 
-    @contextmanager
-    def _readable(self, source: Path) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise AdapterUnavailable(f"{source.name} can't be stored: {error.strerror or error}") from error
+
+@contextmanager
+def _storing(source: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise AdapterUnavailable(f"{source.name} can't be stored: {error.strerror or error}") from error
 
 
 def _copy(source: Path, target: Path) -> None:
-    limit = MAX_SIDECAR_BYTES if source.name in SIDECARS else MAX_WEIGHTS_BYTES
-    if (size := source.stat().st_size) > limit:
-        raise AdapterRefused(f"{source.name} has {size:,} bytes, at most {limit:,} are taken")
-    shutil.copyfile(source, target)
+    with open_regular(source, MAX_SIDECAR_BYTES if source.name in SIDECARS else MAX_WEIGHTS_BYTES) as file:
+        with target.open("wb") as copy:
+            shutil.copyfileobj(file, copy, 1 << 20)
     _sync(target)
 
 

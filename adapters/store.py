@@ -22,6 +22,7 @@ from adapters.objects import Objects
 from adapters.references import DIGEST_PREFIX, Reference, is_tag, parse_reference, parse_weight
 from adapters.registry import Entry, Kind, Registry
 from adapters.validation import inspect_adapter
+from adapters.values import check_values
 
 logger = logging.getLogger(__name__)
 MAX_TARGETS = 16
@@ -155,7 +156,9 @@ class AdapterStore:
 
     def inspect(self, folder: Path) -> AdapterManifest:
         """Check an adapter folder as `stage` does, and leave it. Raises AdapterRefused, AdapterUnavailable."""
-        return inspect_adapter(folder, folder.name, self._shape)
+        manifest = inspect_adapter(folder, folder.name, self._shape)
+        check_values(folder, manifest)
+        return manifest
 
     def before(self, name: str) -> Found | None:
         """The version that a rollback of an adapter leads to; None where there is none, or for an alias."""
