@@ -1,7 +1,7 @@
 """Adapter folders by their content's digest: written aside, synced, renamed into place. Works without torch.
 
-    DIR/objects/ab/abcd.../   the files of one version; never changed but for what lies beside the weights
-    DIR/staging/              what is being written; a process that dies leaves it for `sweep`
+DIR/objects/ab/abcd.../   the files of one version; never changed but for what lies beside the weights
+DIR/staging/              what is being written; a process that dies leaves it for `sweep`
 """
 
 import hashlib

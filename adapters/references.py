@@ -56,7 +56,9 @@ def parse_weight(value: str | float, where: str) -> float:
     except (ValueError, OverflowError):
         weight = math.nan
     if not (0 < abs(weight) <= MAX_WEIGHT):
-        raise ValueError(f"{where!r}: the weight is {value!r}; expected a number between -{MAX_WEIGHT:g} and {MAX_WEIGHT:g}, not 0")
+        raise ValueError(
+            f"{where!r}: the weight is {value!r}; expected a number between -{MAX_WEIGHT:g} and {MAX_WEIGHT:g}, not 0"
+        )
     return weight
 
 

@@ -104,9 +104,7 @@ class Registry:
         for digest in digests:
             self.versions.pop(digest, None)
 
-    def push(
-        self, name: str, kind: Kind, value: str, *, action: str, origin: str, folder: str | None = None
-    ) -> Entry:
+    def push(self, name: str, kind: Kind, value: str, *, action: str, origin: str, folder: str | None = None) -> Entry:
         """Give a name a new value. One that it has already changes nothing but `folder`, where it is given.
 
         Raises AdapterConflict when the name stands for something of another kind.
@@ -183,7 +181,9 @@ class Registry:
 
     def _take_in(self, db: sqlite3.Connection) -> None:
         """Versions first: whoever sees a name without the lock finds what it means."""
-        for number, digest, facts in db.execute("select * from versions where id > ? order by id", (self._seen_version,)):
+        for number, digest, facts in db.execute(
+            "select * from versions where id > ? order by id", (self._seen_version,)
+        ):
             made = AdapterVersion.of_facts(digest, json.loads(facts))
             self.versions[digest] = replace(made, shape=self._shapes.setdefault(made.shape, made.shape))
             self._seen_version = number

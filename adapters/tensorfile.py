@@ -61,10 +61,11 @@ def open_regular(path: Path, limit: int) -> Generator[BinaryIO]:
         raise
     except OSError as error:
         raise AdapterUnavailable(f"{path.name} can't be read: {error.strerror}") from error
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        os.close(descriptor)
+        raise AdapterRefused(f"{path.name} is not a regular file")
     with open(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise AdapterRefused(f"{path.name} is not a regular file")
         if status.st_size > limit:
             raise AdapterRefused(f"{path.name} has {status.st_size:,} bytes; at most {limit:,} are read")
         try:
@@ -86,7 +87,9 @@ def read_headers(file: BinaryIO, what: str) -> dict[str, TensorHeader]:
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 10 or not 2 <= length <= size - 8:
-        raise AdapterRefused(f"{what} is not a valid safetensors file: {size:,} bytes, a header of {length:,} announced")
+        raise AdapterRefused(
+            f"{what} is not a valid safetensors file: {size:,} bytes, a header of {length:,} announced"
+        )
     if length > MAX_HEADER_BYTES:
         raise AdapterRefused(f"{what} has a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
     raw = parse_json(file.read(length), f"the header of {what}")
@@ -105,7 +108,9 @@ def read_headers(file: BinaryIO, what: str) -> dict[str, TensorHeader]:
             raise AdapterRefused(f"tensor {name!r} begins at byte {header.offset}, the one before ends at {end}")
         end += header.nbytes
     if end != size:
-        raise AdapterRefused(f"{what} is not a valid safetensors file: its tensors end at byte {end}, the file at {size}")
+        raise AdapterRefused(
+            f"{what} is not a valid safetensors file: its tensors end at byte {end}, the file at {size}"
+        )
     return headers
 
 

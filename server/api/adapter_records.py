@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from adapters.adapter import AdapterManifest
-from adapters.errors import AdapterError, AdapterNotFound
+from adapters.errors import AdapterError
 from adapters.lora_config import CONFIG_FILE
-from adapters.references import parse_reference
 from adapters.registry import Entry, Kind
 from adapters.store import Found
 from server.api.spec import ChorusSpec
@@ -58,7 +57,8 @@ class RecordWriter:
         history = store.registry.history(entry.name)
         return record | {
             "history": [
-                {"action": e.action, "value": _value(entry.kind, e.value), "origin": e.origin, "at": e.at} for e in history
+                {"action": e.action, "value": _value(entry.kind, e.value), "origin": e.origin, "at": e.at}
+                for e in history
             ],
             "aliases": store.aliases_of(entry.name) if entry.kind is Kind.ADAPTER else [],
         }

@@ -10,12 +10,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+from adapters.archive import unpack
 from fastapi import Query
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import ValidationError
 
-from adapters.archive import unpack
 from adapters.errors import AdapterError
 from adapters.registry import Kind
 from adapters.store import AdapterStore, Found

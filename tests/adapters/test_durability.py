@@ -5,6 +5,7 @@ import os
 import signal
 import sqlite3
 import sys
+import traceback
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,15 @@ def dies_at(point: int, store: Path, folder: Path) -> bool:
     """Publish `folder` as poe in a process that kills itself at the given line or system event; whether it died."""
     child = os.fork()
     if child:
-        return os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        status = os.waitpid(child, 0)[1]
+        assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "publishing failed by itself"
+        return os.WIFSIGNALED(status)
     left = point
 
     def step() -> None:
         nonlocal left
         left -= 1
-        if left < 0:
+        if left == -1:  # once: `os.kill` is an event itself
             os.kill(os.getpid(), signal.SIGKILL)
 
     def trace(frame, event, argument):
@@ -41,8 +44,10 @@ def dies_at(point: int, store: Path, folder: Path) -> bool:
         sys.settrace(trace)
         opened = AdapterStore(store, SHAPE)
         opened.publish(opened.stage("poe", folder), "test")
-    finally:
         os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
 
 
 @pytest.mark.parametrize("first", [True, False], ids=["a new store", "a new version"])

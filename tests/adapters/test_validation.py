@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-import adapters.validation as validation
+import adapters.tensorfile as tensorfile
 from adapters.adapter import BaseShape, ModuleKey
 from adapters.errors import AdapterRefused, AdapterUnavailable
 from adapters.validation import MAX_WEIGHTS_BYTES, WEIGHTS_FILE, inspect_adapter
@@ -108,7 +108,7 @@ def test_an_adapter_of_another_base_is_refused(shape: BaseShape, message: str, t
 
 
 def test_more_tensors_than_anyone_needs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(validation, "MAX_TENSORS", 7)
+    monkeypatch.setattr(tensorfile, "MAX_TENSORS", 7)
     with pytest.raises(AdapterRefused, match="holds 8 tensors, at most 7"):
         inspect_adapter(write_adapter(tmp_path), "a", SHAPE)
 
@@ -116,7 +116,7 @@ def test_more_tensors_than_anyone_needs_are_refused(tmp_path: Path, monkeypatch:
 def test_a_file_larger_than_the_limit_is_not_read(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path)
     os.truncate(folder / WEIGHTS_FILE, MAX_WEIGHTS_BYTES + 1)  # sparse: takes no space
-    with pytest.raises(AdapterRefused, match=f"larger than {MAX_WEIGHTS_BYTES} bytes"):
+    with pytest.raises(AdapterRefused, match=f"at most {MAX_WEIGHTS_BYTES:,} are read"):
         inspect_adapter(folder, "a", SHAPE)
 
 
@@ -128,7 +128,7 @@ def test_a_file_larger_than_the_limit_is_not_read(tmp_path: Path) -> None:
 def test_a_file_that_is_no_safetensors_is_refused(content: bytes, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path)
     (folder / WEIGHTS_FILE).write_bytes(content)
-    with pytest.raises(AdapterRefused, match="not a valid safetensors file"):
+    with pytest.raises(AdapterRefused, match="not a valid safetensors file|header of .* holds list"):
         inspect_adapter(folder, "a", SHAPE)
 
 
@@ -151,12 +151,21 @@ def test_a_pickle_is_not_read_and_the_way_out_is_named(tmp_path: Path) -> None:
         inspect_adapter(folder, "a", SHAPE)
 
 
-def test_what_cannot_be_opened_may_be_tried_again(tmp_path: Path) -> None:
+def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
     folder = write_adapter(tmp_path)
     (folder / WEIGHTS_FILE).unlink()
     (folder / WEIGHTS_FILE).mkdir()
-    with pytest.raises(AdapterUnavailable, match="can't be read"):
+    with pytest.raises(AdapterRefused, match=r"adapter_model\.safetensors is not a regular file"):
         inspect_adapter(folder, "a", SHAPE)
+
+
+def test_what_cannot_be_read_may_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", broken)
+    with pytest.raises(AdapterUnavailable, match="can't be read: Permission denied"):
+        inspect_adapter(write_adapter(tmp_path), "a", SHAPE)
 
 
 def backwards(weights: Weights) -> bytes:
