@@ -121,9 +121,9 @@ def _storing(source: Path) -> Iterator[None]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    with open_regular(source, MAX_SIDECAR_BYTES if source.name in SIDECARS else MAX_WEIGHTS_BYTES) as file:
-        with target.open("wb") as copy:
-            shutil.copyfileobj(file, copy, 1 << 20)
+    limit = MAX_SIDECAR_BYTES if source.name in SIDECARS else MAX_WEIGHTS_BYTES
+    with open_regular(source, limit) as file, target.open("wb") as copy:
+        shutil.copyfileobj(file, copy, 1 << 20)
     _sync(target)
 
 

@@ -24,7 +24,8 @@ MAX_STACK = 32
 """Values of a name that a rollback can still reach, the current one included."""
 BUSY_SECONDS = 10.0
 _SCHEMA = """
-create table if not exists versions(id integer primary key autoincrement, digest text unique not null, facts text not null);
+create table if not exists versions(
+    id integer primary key autoincrement, digest text unique not null, facts text not null);
 create table if not exists names(
     name text primary key, kind text not null, stack text not null, folder text, created real not null,
     updated real not null, revision integer unique not null) without rowid;

@@ -5,10 +5,8 @@ content, whatever becomes of the folder, until it is published again. Works with
 """
 
 import difflib
-import hashlib
 import json
 import logging
-import random
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,16 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters.adapter import NAME_PATTERN, AdapterManifest, AdapterRef, AdapterVersion, BaseShape
+from adapters.aliases import check_targets, choose, past_targets, targets_of
 from adapters.errors import AdapterConflict, AdapterNotFound, AdapterRefused, AdapterUnavailable
 from adapters.folders import Folders
 from adapters.objects import Objects
-from adapters.references import DIGEST_PREFIX, Reference, is_tag, parse_reference, parse_weight
+from adapters.references import DIGEST_PREFIX, Reference, parse_reference
 from adapters.registry import Entry, Kind, Registry
 from adapters.validation import inspect_adapter
 from adapters.values import check_values
 
 logger = logging.getLogger(__name__)
-MAX_TARGETS = 16
 GRACE_SECONDS = 3600.0
 """How long content that nothing names stays: a request may still be on its way to it."""
 
@@ -67,7 +65,7 @@ class AdapterStore:
             return None
         entry = self.registry.entries.get(reference)
         if entry is not None and entry.kind is Kind.ALIAS and entry.value is not None:
-            asked = parse_reference(_choose(reference, _targets(entry), key))
+            asked = parse_reference(choose(reference, targets_of(entry), key))
         return self._registered(asked)
 
     def get(self, reference: str, key: str | None = None) -> Found:
@@ -131,20 +129,16 @@ class AdapterStore:
         logger.info("adapter %s: sha256 %s, rank %d, from %s", name, digest[:12], found.version.rank, origin)
         return entry
 
-    def set_alias(self, name: str, targets: Sequence[tuple[str, float]], origin: str) -> Entry:
-        """Let `name` (or `adapter@tag`) stand for adapters, by weight. Raises ValueError, AdapterNotFound, AdapterConflict."""
+    def set_alias(self, name: str, wanted: Sequence[tuple[str, float]], origin: str) -> Entry:
+        """Let `name`, or `adapter@tag`, stand for adapters, by weight.
+
+        Raises ValueError, AdapterRefused, AdapterNotFound, AdapterConflict.
+        """
         alias = parse_reference(name)
         self.check_name(alias.name)
-        if not 1 <= len(targets) <= MAX_TARGETS:
-            raise ValueError(f"{len(targets)} targets; expected 1 to {MAX_TARGETS}")
-        if alias.at is not None and not is_tag(alias.at):
-            raise ValueError(f"{name!r}: a tag of hex digits alone could be a digest's beginning; choose another")
-        fixed: list[tuple[str, float]] = []
-        for reference, weight in targets:
-            if parse_weight(weight, reference) < 0:
-                raise ValueError(f"{reference!r}: the weight is {weight!r}; expected a positive number")
-            fixed.append((self._fixed(alias, reference), float(weight)))
-        entry = self.registry.push(name, Kind.ALIAS, json.dumps(fixed), action="alias", origin=origin)
+        targets = check_targets(alias, wanted)
+        value = json.dumps([(self._fixed(target), weight) for target, weight in targets])
+        entry = self.registry.push(name, Kind.ALIAS, value, action="alias", origin=origin)
         logger.info("alias %s: %s", name, entry.value)
         return entry
 
@@ -173,7 +167,9 @@ class AdapterStore:
         self.registry.refresh()
         kept: set[str] = set()
         for entry in list(self.registry.entries.values()):
-            kept.update(entry.stack if entry.kind is Kind.ADAPTER else (t.partition("@")[2] for t in _past(entry)))
+            kept.update(
+                entry.stack if entry.kind is Kind.ADAPTER else (t.partition("@")[2] for t in past_targets(entry))
+            )
         return kept
 
     def rollback(self, name: str, origin: str) -> Entry:
@@ -183,7 +179,10 @@ class AdapterStore:
         return entry
 
     def remove(self, name: str, origin: str) -> Entry:
-        """Take a name away; its content goes with `sweep`. Raises AdapterNotFound, AdapterConflict if an alias needs it."""
+        """Take a name away; its content goes with `sweep`.
+
+        Raises AdapterNotFound, AdapterConflict if an alias needs it.
+        """
         if users := self.aliases_of(name):
             raise AdapterConflict(f"{name!r} is a target of {', '.join(users)}: change or remove the alias first")
         folder = self._folders.signature(name) if self._folders is not None and self._folders.find(name) else None
@@ -198,7 +197,7 @@ class AdapterStore:
         """The aliases that have an adapter among their targets."""
         self.registry.refresh()
         aliases = [e for e in list(self.registry.entries.values()) if e.kind is Kind.ALIAS and e.value is not None]
-        return sorted(e.name for e in aliases if any(parse_reference(t).name == name for t, _ in _targets(e)))
+        return sorted(e.name for e in aliases if any(parse_reference(t).name == name for t, _ in targets_of(e)))
 
     def sweep(self, grace_seconds: float = GRACE_SECONDS) -> list[str]:
         """Delete the content that no name means nor could be rolled back to; the digests."""
@@ -271,17 +270,12 @@ class AdapterStore:
     def _found(self, name: str, digest: str) -> Found:
         return Found(AdapterRef(digest, name, str(self.objects.path(digest))), self.registry.versions[digest])
 
-    def _fixed(self, alias: Reference, reference: str) -> str:
+    def _fixed(self, target: Reference) -> str:
         """A target as it is kept: a digest written in full."""
-        target = parse_reference(reference)
-        if alias.at is not None and target.name != alias.name:
-            raise ValueError(f"{reference!r}: {str(alias)!r} can only stand for versions of {alias.name!r}")
-        entry = self.registry.entries.get(reference)
+        entry = self.registry.entries.get(str(target))
         if entry is not None and entry.kind is Kind.ALIAS and entry.value is not None:
-            raise ValueError(f"{reference!r} is an alias; name its targets instead")
-        if target.name == alias.name and alias.at is None:
-            raise ValueError(f"{reference!r}: an alias can't have its own name as target")
-        found = self.get(reference)
+            raise ValueError(f"{str(target)!r} is an alias; name its targets instead")
+        found = self.get(str(target))
         return target.name if target.at is None else f"{target.name}@{found.ref.digest}"
 
     def _nearest(self, name: str) -> list[str]:
@@ -289,26 +283,3 @@ class AdapterStore:
         folded: Callable[[str], str] = str.casefold
         close = difflib.get_close_matches(name.casefold(), map(folded, known), n=3, cutoff=0.4)
         return [k for c in close for k in known if k.casefold() == c][:3] or known[:3]
-
-
-def _targets(entry: Entry) -> list[tuple[str, float]]:
-    return [] if entry.value is None else [(reference, weight) for reference, weight in json.loads(entry.value)]
-
-
-def _past(alias: Entry) -> list[str]:
-    """The references that an alias leads to, or could be rolled back to."""
-    return [reference for value in alias.stack for reference, _ in json.loads(value)]
-
-
-def _choose(alias: str, targets: Sequence[tuple[str, float]], key: str | None) -> str:
-    """One target, as often as its weight says; always the same for the same alias, targets and key."""
-    if key is None:
-        point = random.random()
-    else:
-        point = int.from_bytes(hashlib.sha256(f"{alias}\0{key}".encode(errors="replace")).digest()[:8]) / 2**64
-    point *= sum(weight for _, weight in targets)
-    for reference, weight in targets:
-        point -= weight
-        if point < 0:
-            return reference
-    return targets[-1][0]

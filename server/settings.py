@@ -100,7 +100,7 @@ class Settings(BaseSettings):
     api_key: SecretStr | None = Field(default=None, description="Key that inference needs; open if left out.")
     admin_key: SecretStr | None = Field(
         None,
-        description="Key of the routes that change adapters; closed if left out. Not the inference key; it may infer, too.",
+        description="Key of the routes that change adapters; they are closed if left out. It opens all others, too.",
     )
     hang_seconds: float = Field(
         default=60.0, gt=1, description="A worker silent for so long is killed and started anew."

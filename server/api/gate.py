@@ -1,4 +1,4 @@
-"""What is asked before anything of a request is read: the key before the body, the route, the documents; then the size."""
+"""What is asked before anything of a request is read: the key, before body, route and documents; then the size."""
 
 import hmac
 

@@ -1,7 +1,7 @@
 """Adapters over HTTP: listing, publishing, aliases, rollback, removal; vLLM's two routes for the same.
 
-Reading needs the inference key, everything else the admin key (gate.py). A new version is stored, checked, and proved on
-the engine before a name means it.
+Reading needs the inference key, everything else the admin key (gate.py). A new version is stored, checked, and proved
+on the engine before a name means it.
 """
 
 import asyncio

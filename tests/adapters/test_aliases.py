@@ -190,5 +190,5 @@ def test_a_reference_is_written_as_it_was_read() -> None:
     for text in ("poe", "poe@stable", "poe@0123ab"):
         assert str(parse_reference(text)) == text
     for wrong in ("", "@x", "poe@a b", "p,e", "poe@ünder", "pоe"):
-        with pytest.raises(ValueError, match="expected|neither"):
+        with pytest.raises(ValueError, match=r"expected|neither"):
             parse_reference(wrong)

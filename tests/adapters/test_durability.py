@@ -45,7 +45,7 @@ def dies_at(point: int, store: Path, folder: Path) -> bool:
         opened = AdapterStore(store, SHAPE)
         opened.publish(opened.stage("poe", folder), "test")
         os._exit(0)
-    except BaseException:
+    except BaseException:  # noqa: BLE001 (this process may not go on as a second pytest)
         traceback.print_exc()
         os._exit(1)
 

@@ -1,0 +1,54 @@
+"""What an alias leads to: one adapter, or several by weight. Works without torch."""
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+
+from adapters.references import Reference, is_tag, parse_reference, parse_weight
+from adapters.registry import Entry
+
+MAX_TARGETS = 16
+
+
+def check_targets(alias: Reference, wanted: Sequence[tuple[str, float]]) -> list[tuple[Reference, float]]:
+    """The targets of a new alias. Raises ValueError that says which is wrong."""
+    if not 1 <= len(wanted) <= MAX_TARGETS:
+        raise ValueError(f"{len(wanted)} targets; expected 1 to {MAX_TARGETS}")
+    if alias.at is not None and not is_tag(alias.at):
+        raise ValueError(f"{str(alias)!r}: a tag of hex digits alone could be a digest's beginning; choose another")
+    targets: list[tuple[Reference, float]] = []
+    for text, weight in wanted:
+        target = parse_reference(text)
+        if parse_weight(weight, text) < 0:
+            raise ValueError(f"{text!r}: the weight is {weight!r}; expected a positive number")
+        if alias.at is not None and target.name != alias.name:
+            raise ValueError(f"{text!r}: {str(alias)!r} can only stand for versions of {alias.name!r}")
+        if alias.at is None and target.name == alias.name:
+            raise ValueError(f"{text!r}: an alias can't have its own name as target")
+        targets.append((target, float(weight)))
+    return targets
+
+
+def targets_of(alias: Entry) -> list[tuple[str, float]]:
+    """References and weights, as they are now."""
+    return [] if alias.value is None else [(reference, weight) for reference, weight in json.loads(alias.value)]
+
+
+def past_targets(alias: Entry) -> list[str]:
+    """The references that it leads to, or could be rolled back to."""
+    return [reference for value in alias.stack for reference, _ in json.loads(value)]
+
+
+def choose(alias: str, targets: Sequence[tuple[str, float]], key: str | None) -> str:
+    """One target, as often as its weight says; for the same alias, targets and key always the same."""
+    if key is None:
+        point = random.random()
+    else:
+        point = int.from_bytes(hashlib.sha256(f"{alias}\0{key}".encode(errors="replace")).digest()[:8]) / 2**64
+    point *= sum(weight for _, weight in targets)
+    for reference, weight in targets:
+        point -= weight
+        if point < 0:
+            return reference
+    return targets[-1][0]
