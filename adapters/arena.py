@@ -83,9 +83,17 @@ class Arena:
     """The flat tensor and who lies where. `reserve` and `free` on the engine's thread, `fill` on any."""
 
     def __init__(self, nbytes: int, device: torch.device, dtype: torch.dtype) -> None:
-        """`nbytes`: the budget; on a CPU memory is taken from the system only as it is used."""
+        """`nbytes`: the budget; on a CPU memory is taken from the system only as it is used.
+
+        Raises ValueError when the device refuses so much.
+        """
         self._extents = Extents(nbytes // dtype.itemsize)
-        self.memory = _memory(self._extents.capacity, device, dtype)  # [elements]
+        try:
+            self.memory = _memory(self._extents.capacity, device, dtype)  # [elements]
+        except (OSError, torch.OutOfMemoryError) as error:
+            raise ValueError(
+                f"--adapter-memory: {device} has no {nbytes:,} bytes for adapters, give it less: {error}"
+            ) from error
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     @property
@@ -98,13 +106,21 @@ class Arena:
         """What adapters take of it."""
         return self._extents.used * self.memory.itemsize
 
+    def nbytes_for(self, adapter: Adapter) -> int:
+        """What `adapter` would take of it."""
+        return self._nbytes(_sizes(adapter))
+
+    def nbytes_of(self, place: Place) -> int:
+        """What a place takes of it."""
+        return self._nbytes(place.sizes)
+
     def reserve(self, adapter: Adapter) -> Place | None:
         """Room for `adapter`; None while others take it. Raises AdapterRefused if it is larger than the whole arena."""
-        sizes = tuple(t.numel() for pair in adapter.pairs.values() for t in (pair.a, pair.b))
+        sizes = _sizes(adapter)
         starts = self._extents.take(sizes)
         if starts is not None:
             return Place(tuple(adapter.pairs), tuple(starts), sizes)
-        needed = sum(map(_rounded, sizes)) * self.memory.itemsize
+        needed = self.nbytes_for(adapter)
         if needed > self.nbytes:
             raise AdapterRefused(
                 f"the adapter takes {needed:,} bytes on the device, the arena holds {self.nbytes:,}: "
@@ -132,6 +148,9 @@ class Arena:
         """Raises AssertionError when places were lost or given back twice."""
         self._extents.check_integrity()
 
+    def _nbytes(self, sizes: Sequence[int]) -> int:
+        return sum(map(_rounded, sizes)) * self.memory.itemsize
+
     def _copy(self, adapter: Adapter, place: Place) -> Adapter:
         starts, pairs = iter(place.starts), dict[ModuleKey, LoraPair]()
         for key in place.keys:
@@ -144,6 +163,10 @@ class Arena:
             source = source.pin_memory()
         view = self.memory[start : start + source.numel()].view(source.shape)
         return view.copy_(source, non_blocking=True)
+
+
+def _sizes(adapter: Adapter) -> tuple[int, ...]:
+    return tuple(t.numel() for pair in adapter.pairs.values() for t in (pair.a, pair.b))
 
 
 def _rounded(size: int) -> int:

@@ -7,6 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
+
 from adapters.adapter import Adapter, AdapterRef
 from adapters.arena import Arena, Place
 from adapters.errors import AdapterError, AdapterRefused, AdapterUnavailable
@@ -63,15 +65,15 @@ class Residency:
     """Adapters on the device, as many as the arena holds. Every method is called from the engine's thread.
 
     A load reads the adapter into host memory, waits until the arena has room, and is copied there; reading and copying
-    run on a thread of their own, and `poll` publishes what has ended. The least recently used adapter makes room, but
-    none that a running sequence uses, and none that was asked for since the last poll: it is about to run.
+    run on a thread each, and `poll` publishes what has ended. The least recently used adapter makes room, but none that
+    a running sequence uses, and none that was asked for since the last poll: it is about to run.
     """
 
     def __init__(self, load: Callable[[AdapterRef], Adapter], arena: Arena, slots: int = SLOTS) -> None:
         """`load` reads one adapter into host memory; `slots`: how many adapters may be there at most, plus one."""
         self._load, self.arena = load, arena
         self._slots = SlotTable(slots)
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="adapter-load")
+        self._reader, self._copier = _thread("adapter-read"), _thread("adapter-copy")
         self._reading: dict[str, tuple[Future[tuple[Adapter, float]], str]] = {}  # digest -> (load, path)
         self._staged: OrderedDict[str, _Staged] = OrderedDict()  # first come first served
         self._copying: dict[
@@ -95,7 +97,7 @@ class Residency:
     @property
     def resident(self) -> int:
         """How many adapters are READY."""
-        return sum(resident.adapter is not None for resident in self._residents.values())
+        return len(self._residents) - len(self._copying)
 
     def prefetch(self, ref: AdapterRef) -> AdapterStatus:
         """Mark `ref` as wanted soon, start loading it if it is absent, and say where it stands.
@@ -107,7 +109,7 @@ class Residency:
         self._slots.touch(ref.digest)
         ahead = len(self._reading) + len(self._staged)
         if self.status(ref.digest) is AdapterStatus.ABSENT and ahead < LOADS_AHEAD:
-            self._reading[ref.digest] = self._executor.submit(_timed, self._load, ref), ref.path
+            self._reading[ref.digest] = self._reader.submit(_timed, self._load, ref), ref.path
         return self.status(ref.digest)
 
     def starving(self, digest: str) -> bool:
@@ -176,10 +178,13 @@ class Residency:
         self._slots.check_integrity()
         self.arena.check_integrity()
         assert len(self._slots) == len(self._residents), "a slot without its adapter"
+        held = sum(self.arena.nbytes_of(resident.place) for resident in self._residents.values())
+        assert held == self.arena.used_bytes, f"adapters hold {held} bytes, the arena counts {self.arena.used_bytes}"
 
     def close(self) -> None:
-        """Stop the loading thread."""
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        """Stop the loading threads."""
+        for executor in (self._reader, self._copier):
+            executor.shutdown(wait=True, cancel_futures=True)
 
     def _place_staged(self, wanted: set[str]) -> None:
         """In order of arrival: the first that finds no room holds up the others, or larger ones would never get any."""
@@ -197,20 +202,32 @@ class Residency:
             del self._staged[digest]  # placed, or nobody waits for it any more
             if place is not None:
                 self._residents[digest] = _Resident(self._slots.add(digest), place)
-                copy = self._executor.submit(_timed, self.arena.fill, staged.adapter, place)
+                copy = self._copier.submit(_timed, self.arena.fill, staged.adapter, place)
                 self._copying[digest] = copy, staged.seconds
 
     def _make_room(self, adapter: Adapter, keep: set[str]) -> Place | None:
-        """A place for `adapter`, evicting others; None while all that is left is pinned, being copied or in `keep`."""
-        while True:
-            place = None if self._slots.full else self.arena.reserve(adapter)
-            if place is not None:
-                return place
-            victim = self._slots.victim(keep | self._copying.keys())
+        """A place for `adapter`, evicting others; None, and nobody evicted, while what may go would not suffice.
+
+        Pinned ones, those being copied and those in `keep` stay.
+        """
+        place = self._reserve(adapter)
+        if place is not None:
+            return place
+        keep = keep | self._copying.keys()
+        idle = sum(self.arena.nbytes_of(self._residents[digest].place) for digest in self._slots.idle(keep))
+        if self.arena.nbytes - self.arena.used_bytes + idle < self.arena.nbytes_for(adapter):
+            return None
+        while place is None:
+            victim = next(self._slots.idle(keep), None)
             if victim is None:
                 return None
             self._evict(victim)
             self.stats.evictions += 1
+            place = self._reserve(adapter)
+        return place
+
+    def _reserve(self, adapter: Adapter) -> Place | None:
+        return None if self._slots.full else self.arena.reserve(adapter)
 
     def _evict(self, digest: str) -> None:
         self.arena.free(self._residents.pop(digest).place)
@@ -229,6 +246,11 @@ class Residency:
             (path and path != ref.path) or time.monotonic() - when >= RETRY_SECONDS
         ):
             del self._errors[ref.digest]
+
+
+def _thread(name: str) -> ThreadPoolExecutor:
+    """One thread that leaves the step its cores."""
+    return ThreadPoolExecutor(1, thread_name_prefix=name, initializer=torch.set_num_threads, initargs=(1,))
 
 
 def _timed(work: Callable[..., Adapter], *arguments: object) -> tuple[Adapter, float]:

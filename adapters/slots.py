@@ -5,7 +5,7 @@ Slot 0 is the base's and is never handed out.
 
 import heapq
 from collections import OrderedDict
-from collections.abc import Container
+from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
 
@@ -55,20 +55,21 @@ class SlotTable:
         assert not slot.pins, f"{digest} is pinned"
         heapq.heappush(self._free, slot.index)
 
-    def victim(self, keep: Container[str]) -> str | None:
-        """The least recently used digest that is neither pinned nor in `keep`."""
-        return next((digest for digest, slot in self._slots.items() if not slot.pins and digest not in keep), None)
+    def idle(self, keep: Container[str]) -> Iterator[str]:
+        """Those that are neither pinned nor in `keep`, the least recently used first."""
+        return (digest for digest, slot in self._slots.items() if not slot.pins and digest not in keep)
 
     def pin(self, digest: str) -> None:
         """Keep a digest that has a slot. Raises KeyError when it has none."""
         self._slots[digest].pins += 1
 
     def unpin(self, digest: str) -> None:
-        """Release one pin. The adapter stays until its slot is needed."""
+        """Release one pin: it was used until now. The adapter stays until its slot is needed."""
         slot = self._slots.get(digest)
         if slot is None or not slot.pins:
             raise ValueError(f"{digest} is not pinned")
         slot.pins -= 1
+        self._slots.move_to_end(digest)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when the table contradicts itself; called when the engine is idle."""

@@ -25,9 +25,7 @@ import json
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,120 +37,41 @@ from adapters.adapter import Adapter, AdapterRef
 from adapters.lora_config import CONFIG_FILE
 from adapters.validation import WEIGHTS_FILE, inspect_adapter
 from adapters.weights import load_adapter
+from benchmarks.closed_loop import BATCH, PROMPT, TOKENS, Clients, Figures, closed_loop
 from benchmarks.common import (
     RANK,
     TARGETS,
     adapter_bytes,
+    advance,
     alternate,
+    count,
     emit,
     make_adapter,
     make_engine,
     make_model,
     median,
     parser,
+    require_positions,
     warm,
 )
 from server.engine.engine import Engine
-from server.engine.types import Request, SamplingParams, SequenceOutput, StepStats
 from server.model.gpt2 import GPT2
 
-BATCH, PROMPT, TOKENS = 32, 16, 32
 RESIDENT = 64
 MIXED_RANKS, RANKED = (8, 16, 32, 64), 32
 PERIOD, PERIODS = 8, 16  # steps between the latency part's requests; how many in a run
+STREAM = PROMPT + PERIOD * (PERIODS + 1)  # tokens of a stream of the latency part, its prompt included
 PARTS = ("registered", "working_set", "ranks", "latency")
-
-
-@dataclass
-class Figures:
-    """Of one timed run."""
-
-    seconds: float = 0.0
-    tokens: int = 0
-    loads: int = 0
-    evictions: int = 0
-    load_seconds: float = 0.0
-    distinct: list[int] = field(default_factory=lambda: list[int]())  # adapters of each step
-    latencies: list[float] = field(default_factory=lambda: list[float]())  # seconds between a sequence's tokens
-
-    @property
-    def rate(self) -> float:
-        """Tokens a second."""
-        return self.tokens / self.seconds
-
-    def add(self, stats: StepStats, before: StepStats) -> None:
-        """Count a step; `before` is the last one's, for what is a total."""
-        self.tokens += stats.num_generated_tokens
-        self.loads += stats.adapter_loads - before.adapter_loads
-        self.evictions += stats.adapter_evictions - before.adapter_evictions
-        self.load_seconds += stats.adapter_load_seconds - before.adapter_load_seconds
-        if stats.batch_size:
-            self.distinct.append(len(stats.running_adapters))
-        self.latencies += stats.inter_token_latencies
-
-
-class Clients:
-    """Sends requests of random prompts and drops what is still under way at the end."""
-
-    def __init__(self, engine: Engine, seed: int) -> None:
-        self._engine, self._rng, self._sent = engine, random.Random(seed), 0
-        self._in_flight: set[str] = set()
-
-    def send(self, ref: AdapterRef | None, tokens: int, prompt: int = PROMPT) -> None:
-        """Queue one request."""
-        name = str(self._sent)
-        ids = tuple(self._rng.randrange(50257) for _ in range(prompt))
-        self._engine.add_request(Request(name, ids, SamplingParams(max_tokens=tokens), ref))
-        self._sent += 1
-        self._in_flight.add(name)
-
-    def ended(self, outputs: Sequence[SequenceOutput]) -> int:
-        """How many of a step's outputs are the last of their request."""
-        names = {o.request_id for o in outputs if o.finish_reason is not None}
-        self._in_flight -= names
-        return len(names)
-
-    def leave(self) -> None:
-        """Abort what is under way."""
-        for name in self._in_flight:
-            self._engine.abort(name)
-        self._engine.check_integrity()
-
-
-def closed_loop(engine: Engine, order: Sequence[AdapterRef]) -> Figures:
-    """The figures of the requests of `order` (all but the first 2.25 B) in the steady state."""
-    clients, figures = Clients(engine, seed=0), Figures()
-    for i, ref in enumerate(order[: 2 * BATCH]):
-        clients.send(ref, i % TOKENS + 1 if i < BATCH else TOKENS)
-    rest, ended, before = iter(order[2 * BATCH :]), 0, StepStats()
-    start = time.perf_counter()
-    while True:
-        step = engine.step()
-        warming = ended < BATCH // 4
-        for _ in range(new := clients.ended(step.outputs)):
-            if (ref := next(rest, None)) is None:
-                figures.seconds = time.perf_counter() - start
-                clients.leave()
-                return figures
-            clients.send(ref, TOKENS)
-        ended += new
-        if not warming:
-            figures.add(step.stats, before)
-        elif ended >= BATCH // 4:
-            start = time.perf_counter()
-        before = step.stats
-        if not step.stats.batch_size:
-            time.sleep(0.0005)  # nothing but loads is under way
 
 
 def beside_loads(engine: Engine, streams: Sequence[AdapterRef], cold: Iterator[AdapterRef]) -> tuple[Figures, Figures]:
     """The streams' figures after requests for resident adapters, and after ones for adapters from `cold`."""
     clients, beside = Clients(engine, seed=0), (Figures(), Figures())
     for ref in streams:
-        clients.send(ref, PERIOD * (PERIODS + 1))
-    before = engine.step().stats
+        clients.send(ref, STREAM - PROMPT)
     for _ in range(2):
-        before = engine.step().stats
+        advance(engine)
+    before = advance(engine).stats
     for period in range(PERIODS):
         clients.send(next(cold) if period % 2 else streams[period % len(streams)], tokens=1, prompt=1)
         figures = beside[period % 2]
@@ -165,17 +84,17 @@ def beside_loads(engine: Engine, streams: Sequence[AdapterRef], cold: Iterator[A
     return beside
 
 
-def write_adapters(root: Path, model: GPT2, count: int) -> list[AdapterRef]:
+def write_adapters(root: Path, model: GPT2, number: int) -> list[AdapterRef]:
     """Folders as PEFT saves them, of random fp32 weights at rank RANK."""
     shape, refs = model.config.adapter_shape, list[AdapterRef]()
     config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "target_modules": list(TARGETS)}
     config |= {"fan_in_fan_out": True}
-    for i in range(count):
+    for i in range(number):
         folder = root / f"a{i}"
         folder.mkdir()
         (folder / CONFIG_FILE).write_text(json.dumps(config))
         tensors: dict[str, torch.Tensor] = {}
-        for key, pair in make_adapter(AdapterRef("", "", ""), model, dtype=torch.float32).pairs.items():
+        for key, pair in make_adapter(AdapterRef(folder.name, "", ""), model, dtype=torch.float32).pairs.items():
             name = f"base_model.model.transformer.{key}"
             tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = pair.a, pair.b.T.contiguous()
         save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
@@ -191,13 +110,13 @@ def disk_engine(model: GPT2) -> Engine:
         torch.set_num_threads(1)
         return load_adapter(ref, model.config.adapter_shape, model.dtype)
 
-    return make_engine(model, BATCH, 256, RESIDENT * adapter_bytes(model), load)
+    return make_engine(model, BATCH, STREAM, RESIDENT * adapter_bytes(model), load)
 
 
 def power_law(refs: Sequence[AdapterRef], requests: int) -> list[AdapterRef]:
     """A run's order. Exponent 1: the first is asked for twice as often as the second."""
-    count = 2 * BATCH + BATCH // 4 + requests
-    return random.Random(0).choices(refs, [1 / (i + 1) for i in range(len(refs))], k=count)
+    number = 2 * BATCH + BATCH // 4 + requests
+    return random.Random(0).choices(refs, [1 / (i + 1) for i in range(len(refs))], k=number)
 
 
 def uniform(refs: Sequence[AdapterRef], requests: int) -> list[AdapterRef]:
@@ -230,7 +149,7 @@ def registered(model: GPT2, args: argparse.Namespace) -> None:
     """From one adapter to a thousand, all of those asked for resident."""
     most = max(args.registered)
     memory = most * adapter_bytes(model)
-    engine = make_engine(model, BATCH, 64, memory)
+    engine = make_engine(model, BATCH, PROMPT + TOKENS, memory)
     refs = [AdapterRef(f"d{i}", f"a{i}", "") for i in range(most)]
     orders = {str(n): power_law(refs[:n], args.requests) for n in args.registered}
     warm(engine, {ref for order in orders.values() for ref in order})
@@ -250,7 +169,7 @@ def ranks(model: GPT2, args: argparse.Namespace) -> None:
     for name, each in kinds.items():
         refs = [AdapterRef(f"d{i}@{rank}", f"r{rank}-{i}", "") for i, rank in enumerate(each)]
         orders[f"{name}, sum {sum(each)}"] = uniform(refs, args.requests)
-    engine = make_engine(model, BATCH, 64, sum(map(sum, kinds.values())) * adapter_bytes(model, 1))
+    engine = make_engine(model, BATCH, PROMPT + TOKENS, sum(map(sum, kinds.values())) * adapter_bytes(model, 1))
     warm(engine, {ref for order in orders.values() for ref in order})
     runs = alternate({name: partial(closed_loop, engine, order) for name, order in orders.items()}, args.repeats)
     engine.close()
@@ -261,9 +180,9 @@ def working_set(model: GPT2, args: argparse.Namespace, refs: Sequence[AdapterRef
     """One, two and four times what the arena holds."""
     engine = disk_engine(model)
 
-    def run(count: int) -> Figures:
+    def run(number: int) -> Figures:
         warm(engine, refs[:RESIDENT])
-        return closed_loop(engine, uniform(refs[:count], args.requests))
+        return closed_loop(engine, uniform(refs[:number], args.requests))
 
     runs = alternate({str(n * RESIDENT): partial(run, n * RESIDENT) for n in (1, 2, 4)}, args.repeats)
     engine.close()
@@ -287,16 +206,20 @@ def latency(model: GPT2, args: argparse.Namespace, refs: Sequence[AdapterRef]) -
 def main() -> None:
     p = parser(__doc__ or "")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
-    p.add_argument("--registered", type=int, nargs="+", default=[1, 8, 32, 256, 1000])
-    p.add_argument("--requests", type=int, default=48, help="that a run times")
+    p.add_argument("--registered", type=count, nargs="+", default=[1, 8, 32, 256, 1000])
+    p.add_argument("--requests", type=count, default=48, help=f"that a run times, at least {BATCH}")
     p.add_argument("--only", choices=PARTS, nargs="+", default=PARTS)
     args = p.parse_args()
+    if args.requests < BATCH:
+        p.error(f"argument --requests: {args.requests}, expected at least {BATCH}: fewer may all end in one step")
+    from_disk = {"working_set", "latency"} & set(args.only)
+    require_positions(p, args.model, STREAM if from_disk else PROMPT + TOKENS, f"--only {' '.join(args.only)}")
     model = make_model(args.model, getattr(torch, args.dtype))
     if "registered" in args.only:
         registered(model, args)
     if "ranks" in args.only:
         ranks(model, args)
-    if {"working_set", "latency"} & set(args.only):
+    if from_disk:
         with tempfile.TemporaryDirectory() as root:
             refs = write_adapters(Path(root), model, 4 * RESIDENT)
             if "working_set" in args.only:

@@ -7,7 +7,8 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,15 +21,16 @@ from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.kv_cache import KVCache
 from server.engine.model_runner import ModelRunner
-from server.engine.types import Request, SamplingParams
+from server.engine.types import Request, SamplingParams, SequenceOutput, StepOutput
 from server.model.backend import choose_backend
-from server.model.config import GPT2Config
+from server.model.config import GPT2Config, ModelError
 from server.model.gpt2 import GPT2
 from server.model.loader import build_model, expected_shapes, load_model
 
 MEDIUM = {"n_embd": 1024, "n_layer": 24, "n_head": 16, "n_positions": 1024}
 RANK = 8
 TARGETS = ("attn.c_attn", "attn.c_proj")
+STEP_TOKENS = 128  # the server's on a CPU
 CPU = torch.device("cpu")
 K = TypeVar("K")
 T = TypeVar("T")
@@ -41,9 +43,27 @@ def parser(description: str, model: bool = True) -> argparse.ArgumentParser:
         p.add_argument(
             "--model", type=Path, help="a checkpoint directory instead of random weights at gpt2-medium's sizes"
         )
-    p.add_argument("--repeats", type=int, default=3, help="runs of each variant, alternated")
+    p.add_argument("--repeats", type=count, default=3, help="runs of each variant, alternated")
     p.add_argument("--json", action="store_true", help="one JSON line a row")
     return p
+
+
+def count(text: str) -> int:
+    """A flag's value that counts something. Raises ArgumentTypeError, to which argparse adds the flag."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected an integer of at least 1")
+    return int(text)
+
+
+def require_positions(p: argparse.ArgumentParser, folder: Path | None, needed: int, what: str) -> None:
+    """A usage error, before anything is loaded, if the model has fewer positions than `what` needs (flag and value)."""
+    try:
+        limit = MEDIUM["n_positions"] if folder is None else GPT2Config.read(folder).n_positions
+    except ModelError as error:
+        p.error(f"argument --model: {error}")
+    if needed > limit:
+        model = "gpt2-medium" if folder is None else f"--model {folder}"
+        p.error(f"argument {what}: that takes {needed} positions, {model} has {limit}")
 
 
 def make_model(folder: Path | None, dtype: torch.dtype, kernels: str = "auto") -> GPT2:
@@ -58,16 +78,18 @@ def make_model(folder: Path | None, dtype: torch.dtype, kernels: str = "auto") -
 
 
 def make_adapter(ref: AdapterRef, model: GPT2, rank: int = RANK, dtype: torch.dtype | None = None) -> Adapter:
-    """Random weights on c_attn and attn.c_proj; the rank is the digest's suffix `@r`, if it has one.
+    """Random weights on c_attn and attn.c_proj, of one digest always the same; its suffix `@r`, if any, is the rank.
 
     `dtype`: the model's if None.
     """
+    generator = torch.Generator().manual_seed(zlib.crc32(ref.digest.encode()))
     rank = int(ref.digest.partition("@")[2] or rank)
     shape, pairs = model.config.adapter_shape, {}
     for layer in range(shape.n_layer):
         for target in TARGETS:
             n_in, n_out = shape.in_out(target)
-            a, b = (0.02 * torch.randn(rank, n).to(dtype or model.dtype) for n in (n_in, n_out))
+            sizes = ((rank, n_in), (rank, n_out))
+            a, b = (0.02 * torch.randn(size, generator=generator).to(dtype or model.dtype) for size in sizes)
             pairs[ModuleKey(layer, target)] = LoraPair(a, b)
     return Adapter(ref.digest, pairs)
 
@@ -84,9 +106,14 @@ def make_engine(
     max_len: int,
     memory: int = 1 << 30,
     load: Callable[[AdapterRef], Adapter] | None = None,
-    max_batch_tokens: int = 128,
+    max_batch_tokens: int = STEP_TOKENS,
 ) -> Engine:
-    """The engine alone over `model`; `memory`: bytes of the adapters' arena; `load`: random adapters if None."""
+    """The engine alone over `model`; `memory`: bytes of the adapters' arena; `load`: random adapters if None.
+
+    Raises ValueError for more positions than the model has.
+    """
+    if max_len > model.config.n_positions:
+        raise ValueError(f"max_len {max_len} exceeds the model's {model.config.n_positions} positions")
     residency = Residency(load or (lambda ref: make_adapter(ref, model)), Arena(memory, CPU, model.dtype))
     kv_cache = KVCache(model.config, batch, max_len, CPU, model.dtype)
     config = EngineConfig(batch, max_len, max(max_batch_tokens, batch), memory)
@@ -94,12 +121,30 @@ def make_engine(
 
 
 def warm(engine: Engine, refs: Iterable[AdapterRef]) -> None:
-    """Bring adapters in, and the engine's buffers with them: one token for each, before anything is timed."""
+    """Bring adapters in, and the engine's buffers with them: one token for each, before anything is timed.
+
+    Raises RuntimeError with what an adapter or its token failed of.
+    """
     for ref in refs:
         engine.add_request(Request(f"warm {ref.digest}", (1,), SamplingParams(max_tokens=1), ref))
     while engine.has_work:
-        if not engine.step().stats.batch_size:
+        if not advance(engine).stats.batch_size:
             time.sleep(0.001)  # a load is under way
+
+
+def succeeded(outputs: Sequence[SequenceOutput]) -> Sequence[SequenceOutput]:
+    """The outputs. Raises RuntimeError with the text of one that is an error: what failed must not be timed."""
+    for output in outputs:
+        if output.error is not None:
+            raise RuntimeError(f"request {output.request_id!r}: {output.error}")
+    return outputs
+
+
+def advance(engine: Engine) -> StepOutput:
+    """A step. Raises RuntimeError with the text of an output that is an error."""
+    step = engine.step()
+    succeeded(step.outputs)
+    return step
 
 
 def alternate(variants: Mapping[K, Callable[[], T]], repeats: int) -> dict[K, list[T]]:

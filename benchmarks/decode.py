@@ -4,45 +4,69 @@ The engine alone, rank 8 on c_attn and attn.c_proj, prompts of 32 tokens, greedy
 measured in the same run: the larger of the weights' bytes over the bandwidth and the products over the peak.
 """
 
+import argparse
 import statistics
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from adapters.adapter import AdapterRef
-from benchmarks.common import alternate, emit, make_engine, make_model, median, parser, warm
+from benchmarks.common import (
+    STEP_TOKENS,
+    alternate,
+    count,
+    emit,
+    make_engine,
+    make_model,
+    median,
+    parser,
+    require_positions,
+    warm,
+)
 from benchmarks.floor import Machine, floor_milliseconds
-from server.engine.types import Request, SamplingParams
+from benchmarks.full_batch import full_steps, max_tokens
 from server.model.gpt2 import GPT2
 
 PROMPT = 32
 
 
 def step_milliseconds(model: GPT2, batch: int, distinct: int, steps: int, prompt: int = PROMPT) -> float:
-    """The median time of a decode step with `batch` sequences on `distinct` adapters (0: the base)."""
-    engine = make_engine(model, batch, prompt + steps + 8)
+    """The median time of `steps` decode steps with `batch` sequences on `distinct` adapters (0: the base).
+
+    Raises RuntimeError for a failed request, ValueError for more positions than the model has.
+    """
+    engine = make_engine(model, batch, positions(batch, steps, prompt))
     refs = [AdapterRef(f"digest{i}", f"a{i}", "") for i in range(distinct)]
     warm(engine, refs)
-    for i in range(batch):
-        ref = refs[i % distinct] if distinct else None
-        tokens = torch.randint(0, model.config.vocab_size, (prompt,)).tolist()
-        engine.add_request(Request(str(i), tuple(tokens), SamplingParams(max_tokens=steps + 6), ref))
-    times: list[float] = []
-    while engine.has_work:
-        stats = engine.step().stats
-        if stats.batch_size == batch and not stats.num_prompt_tokens:
-            times.append(1000 * stats.step_seconds)
+    times = full_steps(engine, model.config.vocab_size, batch, prompt, steps, refs)
     engine.close()
-    return statistics.median(times[1:])
+    return 1000 * statistics.median(times)
+
+
+def positions(batch: int, steps: int, prompt: int = PROMPT) -> int:
+    """That a sequence takes in `step_milliseconds`."""
+    return prompt + max_tokens(batch, prompt, steps, max(STEP_TOKENS, batch))
+
+
+def check_lengths(
+    p: argparse.ArgumentParser, folder: Path | None, batches: Sequence[int], steps: int, prompt: int = PROMPT
+) -> None:
+    """A usage error if a batch's sequences would be longer than the model's positions."""
+    for batch in batches:
+        what = f"--steps {steps} with --batch {batch} and prompts of {prompt} tokens"
+        require_positions(p, folder, positions(batch, steps, prompt), what)
 
 
 def main() -> None:
     p = parser(__doc__ or "")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], nargs="+", default=["float32", "bfloat16"])
-    p.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    p.add_argument("--steps", type=int, default=8)
+    p.add_argument("--batch", type=count, nargs="+", default=[1, 8, 32])
+    p.add_argument("--steps", type=count, default=8, help="full ones that a run times")
     p.add_argument("--kernels", choices=["auto", "off"], default="auto")
     args = p.parse_args()
+    check_lengths(p, args.model, args.batch, args.steps)
     for name in args.dtype:
         dtype = getattr(torch, name)
         model = make_model(args.model, dtype, args.kernels)

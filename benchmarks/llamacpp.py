@@ -30,8 +30,8 @@ from typing import Any
 import torch
 
 from benchmarks.build_llamacpp import BUILD, TOOL
-from benchmarks.common import MEDIUM, alternate, emit, make_model, median, parser
-from benchmarks.decode import PROMPT, step_milliseconds
+from benchmarks.common import MEDIUM, alternate, count, emit, make_model, median, parser
+from benchmarks.decode import PROMPT, check_lengths, step_milliseconds
 from benchmarks.gguf_model import write_gguf
 from server.model.config import GPT2Config
 
@@ -136,13 +136,14 @@ def main() -> None:
     p = parser(__doc__ or "")
     p.add_argument("--tool", type=Path, default=BUILD / TOOL, help="llama-batched-bench; models are kept beside it")
     p.add_argument("--dtype", choices=list(SHORT), nargs="+", default=list(SHORT))
-    p.add_argument("--batch", type=int, nargs="+", default=[1, 8, 32])
-    p.add_argument("--prompt", type=int, default=PROMPT, help="tokens of each prompt")
-    p.add_argument("--steps", type=int, default=16, help="decode steps of a run")
-    p.add_argument("--threads", type=int, default=2, help="of llama.cpp and of ours")
+    p.add_argument("--batch", type=count, nargs="+", default=[1, 8, 32])
+    p.add_argument("--prompt", type=count, default=PROMPT, help="tokens of each prompt")
+    p.add_argument("--steps", type=count, default=16, help="decode steps of a run")
+    p.add_argument("--threads", type=count, default=2, help="of llama.cpp and of ours")
     args = p.parse_args()
     if args.model is not None:
         p.error("--model: this benchmark has random weights only, on both sides")
+    check_lengths(p, None, args.batch, args.steps, args.prompt)
     try:
         tool = find_tool(args.tool)
         torch.set_num_threads(args.threads)

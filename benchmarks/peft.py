@@ -16,7 +16,20 @@ from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from adapters.adapter import AdapterRef
-from benchmarks.common import MEDIUM, RANK, alternate, emit, make_engine, make_model, median, parser, warm
+from benchmarks.common import (
+    MEDIUM,
+    RANK,
+    advance,
+    alternate,
+    count,
+    emit,
+    make_engine,
+    make_model,
+    median,
+    parser,
+    require_positions,
+    warm,
+)
 from server.engine.engine import Engine
 from server.engine.types import Request, SamplingParams
 
@@ -30,7 +43,7 @@ def peft_model(adapters: int, folder: Path | None = None) -> Any:
     if folder is None:
         model = GPT2LMHeadModel(GPT2Config.from_dict(MEDIUM)).eval()
     else:
-        model = GPT2LMHeadModel.from_pretrained(folder).eval()
+        model = GPT2LMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()  # whatever it was saved in
     config = LoraConfig(
         r=RANK, target_modules=["c_attn", "attn.c_proj"], fan_in_fan_out=True, init_lora_weights=False,
         task_type="CAUSAL_LM",
@@ -60,14 +73,14 @@ def peft_grouped(model: Any, prompts: torch.Tensor, names: list[str], tokens: in
 
 
 def ours(engine: Engine, prompts: torch.Tensor, names: list[str], tokens: int) -> float:
-    """Seconds until the engine has finished all of them."""
+    """Seconds until the engine has finished all of them. Raises RuntimeError for one that failed."""
     start = time.perf_counter()
     for i, (prompt, name) in enumerate(zip(prompts.tolist(), names, strict=True)):
         engine.add_request(
             Request(f"{start}-{i}", tuple(prompt), SamplingParams(max_tokens=tokens), AdapterRef(name, name, ""))
         )
     while engine.has_work:
-        engine.step()
+        advance(engine)
     return time.perf_counter() - start
 
 
@@ -85,15 +98,18 @@ def step_milliseconds(run: Run) -> float:
 
 def main() -> None:
     p = parser(__doc__ or "")
-    p.add_argument("--adapters", type=int, nargs="+", default=[1, 8, 32])
+    p.add_argument("--adapters", type=count, nargs="+", default=[1, 8, 32], help=f"at most {BATCH}")
     args = p.parse_args()
+    if (most := max(args.adapters)) > BATCH:
+        p.error(f"argument --adapters: {most}, expected at most {BATCH}, the sequences of the batch")
+    require_positions(p, args.model, PROMPT + TOKENS, "--model")
     ours_model = make_model(args.model, torch.float32)
-    engine = make_engine(ours_model, BATCH, PROMPT + TOKENS + 1)
+    engine = make_engine(ours_model, BATCH, PROMPT + TOKENS)
     prompts = torch.randint(0, ours_model.config.vocab_size, (BATCH, PROMPT))
-    for count in args.adapters:
-        model = peft_model(count, args.model)
-        names = [f"a{i % count}" for i in range(BATCH)]
-        warm(engine, [AdapterRef(name, name, "") for name in names[:count]])
+    for adapters in args.adapters:
+        model = peft_model(adapters, args.model)
+        names = [f"a{i % adapters}" for i in range(BATCH)]
+        warm(engine, [AdapterRef(name, name, "") for name in names[:adapters]])
         runs: dict[str, Run] = {
             "chorus": partial(ours, engine, prompts, names),
             "peft_mixed": partial(peft_mixed, model, prompts, names),
@@ -102,7 +118,7 @@ def main() -> None:
         times = alternate({name: partial(step_milliseconds, run) for name, run in runs.items()}, args.repeats)
         for name in runs:
             ms = median(times[name])
-            row = {"benchmark": "peft", "dtype": "float32", "batch": BATCH, "adapters": count, "system": name}
+            row = {"benchmark": "peft", "dtype": "float32", "batch": BATCH, "adapters": adapters, "system": name}
             row |= {"ms_per_step": ms, "tokens_per_second": round(1000 * BATCH / ms, 1)}
             emit(row | {"to_chorus": round(ms / median(times["chorus"]), 2)}, args.json)
     engine.close()

@@ -1,7 +1,7 @@
 """Time to take in a prompt, alone and beside running streams: `python -m benchmarks.prefill [--json]`.
 
-Prompts of 128 and 896 tokens in steps of at most 128 (the server's on a CPU) and 512 tokens; `stall` is the longest
-step of 8 running streams meanwhile.
+Prompts of 128 and 896 tokens (or --prompt) in steps of at most 128 (the server's on a CPU) and 512 tokens; `stall` is
+the longest step of 8 running streams meanwhile.
 """
 
 import time
@@ -9,24 +9,39 @@ from functools import partial
 
 import torch
 
-from benchmarks.common import alternate, emit, make_engine, make_model, median, parser
+from benchmarks.common import (
+    advance,
+    alternate,
+    count,
+    emit,
+    make_engine,
+    make_model,
+    median,
+    parser,
+    require_positions,
+)
 from server.engine.types import Request, SamplingParams
 from server.model.gpt2 import GPT2
 
+BEGUN, STREAM = 32, 92  # tokens of a stream: its prompt, and in all
+
 
 def first_token(model: GPT2, length: int, streams: int, step_tokens: int) -> tuple[float, float]:
-    """Milliseconds until the prompt's first token, and of the longest step until then."""
-    engine = make_engine(model, streams + 1, 1000, max_batch_tokens=step_tokens)
+    """Milliseconds until the prompt's first token, and of the longest step until then.
+
+    Raises RuntimeError for a failed request, ValueError for more positions than the model has.
+    """
+    engine = make_engine(model, streams + 1, max(length + 1, STREAM), max_batch_tokens=step_tokens)
     for i in range(streams):
-        engine.add_request(Request(f"s{i}", (i + 1,) * 32, SamplingParams(max_tokens=60), stream=True))
+        engine.add_request(Request(f"s{i}", (i + 1,) * BEGUN, SamplingParams(max_tokens=STREAM - BEGUN), stream=True))
     for _ in range(4 if streams else 0):
-        engine.step()
+        advance(engine)
     prompt = torch.randint(0, model.config.vocab_size, (length,)).tolist()
     engine.add_request(Request("prompt", tuple(prompt), SamplingParams(max_tokens=1), stream=True))
     start, longest = time.perf_counter(), 0.0
     while True:
         begin = time.perf_counter()
-        outputs = engine.step().outputs
+        outputs = advance(engine).outputs
         longest = max(longest, time.perf_counter() - begin)
         if any(output.request_id == "prompt" for output in outputs):
             break
@@ -37,9 +52,12 @@ def first_token(model: GPT2, length: int, streams: int, step_tokens: int) -> tup
 def main() -> None:
     p = parser(__doc__ or "")
     p.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    p.add_argument("--prompt", type=count, nargs="+", default=[128, 896], help="tokens of each prompt")
     args = p.parse_args()
+    for length in args.prompt:
+        require_positions(p, args.model, max(length + 1, STREAM), f"--prompt {length}")
     model = make_model(args.model, getattr(torch, args.dtype))
-    for length in (128, 896):
+    for length in args.prompt:
         variants = {
             (streams, tokens): partial(first_token, model, length, streams, tokens)
             for streams in (0, 8)

@@ -7,6 +7,7 @@ time from the first request to the last answer, prompts included on both sides.
 
 import asyncio
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -23,7 +24,17 @@ import httpx
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from benchmarks.common import MEDIUM, alternate, emit, make_engine, make_model, median, parser
+from benchmarks.common import (
+    MEDIUM,
+    advance,
+    alternate,
+    emit,
+    make_engine,
+    make_model,
+    median,
+    parser,
+    require_positions,
+)
 from server.engine.engine import Engine
 from server.engine.types import Request, SamplingParams
 from server.model.source import DEMO_MODEL
@@ -31,6 +42,7 @@ from server.model.source import DEMO_MODEL
 STREAMS, TOKENS = 32, 48
 PROMPT = "Quote by Oscar Wilde:"
 PROMPT_IDS = (25178, 416, 15694, 46754, 25)
+LENGTH = len(PROMPT_IDS) + TOKENS
 START_SECONDS = 120
 
 
@@ -78,7 +90,10 @@ def over_http(url: str) -> float:
     async def stream(client: httpx.AsyncClient) -> int:
         async with client.stream("POST", f"{url}/generate_stream", json=body) as response:
             response.raise_for_status()
-            return sum([line.startswith("data:") async for line in response.aiter_lines()])
+            events = [json.loads(line[5:]) async for line in response.aiter_lines() if line.startswith("data:")]
+            if events and "error" in events[-1]:
+                raise RuntimeError(events[-1]["error"])
+            return len(events)
 
     async def everything() -> int:
         limits = httpx.Limits(max_connections=STREAMS)
@@ -92,21 +107,23 @@ def over_http(url: str) -> float:
 
 
 def alone(engine: Engine) -> float:
-    """Tokens a second of the same requests in this process."""
+    """Tokens a second of the same requests in this process. Raises RuntimeError for one that failed."""
     start = time.perf_counter()
     for i in range(STREAMS):
         params = SamplingParams(max_tokens=TOKENS, ignore_eos=True, logprobs=True)
         engine.add_request(Request(f"{start}-{i}", PROMPT_IDS, params, stream=True))
     while engine.has_work:
-        engine.step()
+        advance(engine)
     return STREAMS * TOKENS / (time.perf_counter() - start)
 
 
 def main() -> None:
-    args = parser(__doc__ or "").parse_args()
+    p = parser(__doc__ or "")
+    args = p.parse_args()
+    require_positions(p, args.model, LENGTH, "--model")
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.model or checkpoint(Path(scratch))
-        engine = make_engine(make_model(folder, torch.float32), STREAMS, 128)
+        engine = make_engine(make_model(folder, torch.float32), STREAMS, LENGTH)
         with serving(folder) as url:
             rates = alternate({"server": partial(over_http, url), "engine": partial(alone, engine)}, args.repeats)
         engine.close()

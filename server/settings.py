@@ -60,7 +60,8 @@ class Settings(BaseSettings):
         None,
         ge=1,
         description="Tokens of one step, running requests and chunks of prompts together: so long may a prompt hold up "
-        "the others. At least max_batch_size; if left out 128 on a CPU, 512 on a GPU, or twice max_batch_size.",
+        "the others. At least max_batch_size; if left out 128 on a CPU, 512 on a GPU, or twice max_batch_size, "
+        "whichever is more.",
     )
     max_waiting: int = Field(
         default=1024, ge=0, description="Requests that may wait for a place; more are answered 429."

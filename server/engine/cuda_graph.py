@@ -31,7 +31,7 @@ class CudaCapture:
             work()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # The loading thread copies adapters meanwhile: what it does is not this capture's business.
+        # The loading threads copy adapters meanwhile: what it does is not this capture's business.
         with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             work()
         return graph.replay

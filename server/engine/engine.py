@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from adapters.adapter import Adapter, AdapterRef
 from adapters.arena import Arena
 from adapters.residency import Residency
 from adapters.weights import load_adapter
@@ -87,7 +86,7 @@ class Engine:
             self._residency.check_integrity()
 
     def close(self) -> None:
-        """Stop the adapter loading thread."""
+        """Stop the adapter loading threads."""
         self._residency.close()
 
     def _run(self, batch: Batch, start: float) -> None:
@@ -151,13 +150,8 @@ def build_engine(
         )
     shape = model.config.adapter_shape
     arena = Arena(config.adapter_memory, device, dtype)
-    torch.get_num_threads()  # settled for this thread, before the loading one takes a single one for itself
-
-    def load(ref: AdapterRef) -> Adapter:
-        torch.set_num_threads(1)  # of the calling thread: loads don't compete with the step for every core
-        return load_adapter(ref, shape, dtype)
-
-    residency = Residency(load, arena)
+    torch.get_num_threads()  # settled for this thread, before the loading ones take a single one each
+    residency = Residency(lambda ref: load_adapter(ref, shape, dtype), arena)
     runner = make_runner(model, config, residency)
     return Engine(config, runner, residency, model.config.eos_token_id, vocab, model.nbytes, model.backend.name)
 

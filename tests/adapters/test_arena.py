@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -75,3 +76,8 @@ def test_an_adapter_is_the_same_in_the_arena_and_takes_what_its_rank_needs() -> 
     exact = [4 * 3 * rank * (5 + 9) for rank in (1, 8, 64)]
     for before, now, need in zip(used, used[1:], exact, strict=False):
         assert need <= now - before < need + 3 * 2 * 4 * ALIGN, "no more than the rank's rows, but for alignment"
+
+
+def test_more_than_the_system_gives_names_the_setting() -> None:
+    with pytest.raises(ValueError, match=r"^--adapter-memory: cpu has no 900,000,000,000,000 bytes for adapters"):
+        Arena(900 * 10**12, CPU, torch.float32)
