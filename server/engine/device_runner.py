@@ -5,6 +5,7 @@ works in a KV row of its own, on the base. Prompts are computed apart, after the
 """
 
 from collections.abc import Sequence as Seq
+from itertools import accumulate
 
 import torch
 
@@ -126,39 +127,34 @@ class DeviceRunner:
 
     def _write(self, items: Seq[ScheduledSequence], inputs: StepInputs, size: int) -> list[Adapter]:
         """Fill the host's arrays for `size` tokens; what is left over after the items is padding. Their adapters."""
-        host, vocab = inputs.host, self._model.config.vocab_size
-        slots, adapters = list[int](), dict[str, Adapter]()
-        at = sample = 0
-        for item in items:
-            sequence, count, first = item.sequence, item.num_new_tokens, item.sequence.num_computed
-            end = at + count
-            host["token_ids"][at:end] = [sequence.token_at(p) for p in range(first, first + count)]
-            host["positions"][at:end] = range(first, first + count)
-            host["rows"][at:end] = sequence.row
-            slot = 0
-            if sequence.digest is not None:
-                slot, adapters[sequence.digest] = self._adapter(sequence.digest)
-            slots += [slot] * count
-            at = end
-            if item.samples:
-                params = sequence.request.sampling_params
-                host["output_index"][sample] = end - 1
-                host["sample_rows"][sample] = sequence.row
-                host["top_k"][sample] = params.top_k or vocab
-                host["wanted"][sample] = params.logprobs
-                host["uniform"][sample] = uniform(params.seed, len(sequence.output_ids))
-                host["temperature"][sample] = max(params.temperature, COLDEST) if params.temperature else 0.0
-                host["top_p"][sample] = params.top_p
-                host["penalty"][sample] = params.repetition_penalty
-                sample += 1
-        for name, value in (("token_ids", 0), ("positions", 0), ("rows", self._padding_row)):
-            host[name][at:size] = value
-        padding = {"sample_rows": self._padding_row, "top_k": vocab, "wanted": 0, "uniform": 0.0, "temperature": 0.0}
-        for name, value in (padding | {"top_p": 1.0, "penalty": 1.0}).items():
-            host[name][sample:size] = value
-        host["output_index"][sample:size] = range(at, at + size - sample)
-        write_meta(slots, inputs.host_meta(size))
-        return list(adapters.values())
+        vocab, padding_row = self._model.config.vocab_size, self._padding_row
+        digests = dict.fromkeys(item.sequence.digest for item in items)
+        adapters = {digest: self._adapter(digest) for digest in digests if digest is not None}
+        tokens = [
+            (sequence := item.sequence, sequence.num_computed + i) for item in items for i in range(item.num_new_tokens)
+        ]
+        ends = accumulate(item.num_new_tokens for item in items)
+        sampled = [(end - 1, item.sequence) for end, item in zip(ends, items, strict=True) if item.samples]
+        params = [sequence.request.sampling_params for _, sequence in sampled]
+        columns: dict[str, tuple[list[float], float]] = {  # and what pads them
+            "token_ids": ([sequence.token_at(position) for sequence, position in tokens], 0),
+            "positions": ([position for _, position in tokens], 0),
+            "rows": ([sequence.row for sequence, _ in tokens], padding_row),
+            "output_index": ([*(index for index, _ in sampled), *range(len(tokens), size)], 0),
+            "sample_rows": ([sequence.row for _, sequence in sampled], padding_row),
+            "top_k": ([p.top_k or vocab for p in params], vocab),
+            "wanted": ([p.logprobs for p in params], 0),
+            "uniform": ([uniform(s.request.sampling_params.seed, len(s.output_ids)) for _, s in sampled], 0),
+            "temperature": ([max(p.temperature, COLDEST) if p.temperature else 0.0 for p in params], 0),
+            "top_p": ([p.top_p for p in params], 1),
+            "penalty": ([p.repetition_penalty for p in params], 1),
+        }
+        for name, (values, padding) in columns.items():
+            column = inputs.host[name]
+            column[: len(values)] = values
+            column[len(values) : size] = padding
+        write_meta([adapters[s.digest][0] if s.digest else 0 for s, _ in tokens], inputs.host_meta(size))
+        return [adapter for _, adapter in adapters.values()]
 
     def _adapter(self, digest: str) -> tuple[int, Adapter]:
         slot, adapter = self._residency.slot(digest), self._residency.adapter(digest)
