@@ -8,7 +8,6 @@ from adapters.adapter import NAME_PATTERN
 
 TAG_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 DIGEST_PREFIX = re.compile(r"[0-9a-f]{6,64}")
-MAX_COMPOSED = 8
 MAX_WEIGHT = 100.0
 
 
@@ -39,13 +38,6 @@ def parse_composition(text: str) -> list[tuple[str, float]]:
     for part in text.split(","):
         reference, colon, number = part.strip().partition(":")
         parts.append((str(parse_reference(reference)), parse_weight(number, part) if colon else 1.0))
-    return check_composition(parts)
-
-
-def check_composition(parts: list[tuple[str, float]]) -> list[tuple[str, float]]:
-    """The parts as they are. Raises ValueError when there are none or too many."""
-    if not 1 <= len(parts) <= MAX_COMPOSED:
-        raise ValueError(f"{len(parts)} adapters; expected 1 to {MAX_COMPOSED}")
     return parts
 
 

@@ -86,6 +86,10 @@ class AdapterStore:
         """Every adapter that can be served, by name, new folders included. Those that can't be are logged once."""
         return [found for entry in self.entries() if (found := self._served(entry)) is not None]
 
+    def servable(self) -> list[Entry]:
+        """The same and the aliases, by name."""
+        return [e for e in self.entries() if e.kind is Kind.ALIAS or self._served(e) is not None]
+
     def entries(self) -> list[Entry]:
         """Every adapter and alias, by name, new folders included."""
         with self._lock:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from adapters.errors import AdapterError
+from adapters.sources import Sources
 from adapters.store import AdapterStore
 from server.api.app import ChorusServer, StartupError
 from server.api.spec import Served
@@ -44,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     except SettingsError as error:
         logger.error("%s", error)
         return 2
-    except (ModelError, NotADirectoryError, ValueError, StartupError, OSError) as error:
+    except (ModelError, AdapterError, NotADirectoryError, ValueError, StartupError, OSError) as error:
         logger.error("%s", error)
         return 1
 
@@ -63,8 +65,10 @@ def _served(settings: Settings, model_dir: Path) -> Served:
             f"{model_dir}: the tokenizer has {tokenizer.size} tokens, the model's vocab_size is {config.vocab_size}: "
             "prompts could hold tokens that it doesn't know; use the tokenizer that belongs to the model"
         )
-    store = AdapterStore(settings.adapters_dir, config.adapter_shape, frozenset({name, "base", OTHER}))
-    store.all()
+    reserved = frozenset({name, "base", OTHER})
+    store = AdapterStore(settings.store_dir, config.adapter_shape, settings.adapters_dir, reserved)
+    store.entries()
+    store.close()  # the API process is a fork of this one
     return Served(
         settings=settings,
         model_name=name,
@@ -73,6 +77,10 @@ def _served(settings: Settings, model_dir: Path) -> Served:
         tokenizer=tokenizer,
         vocabulary=tokenizer.vocabulary(config.vocab_size),
         store=store,
+        sources=Sources(
+            [settings.adapters_dir, *settings.adapter_roots], settings.adapter_sources,
+            int(settings.max_adapter_bytes), settings.download_seconds,
+        ),
         metrics=Metrics(name, settings.max_batch_size),
         version=importlib.metadata.version("chorus-serve"),
         created=time.time(),

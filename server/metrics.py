@@ -1,7 +1,7 @@
 """Every Prometheus metric. Names follow vLLM where it has one. `python -m server.metrics` prints docs/metrics.md."""
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -119,18 +119,18 @@ class Metrics:
 
     def observe_request(
         self,
-        adapter: str | None,
+        adapters: Sequence[str],
         prompt_tokens: int,
         generated: int,
         reason: str,
         seconds: float,
         last: SequenceOutput | None,
     ) -> None:
-        """Record a request that has ended; `seconds` from arrival."""
-        label = self._adapter_label(adapter)
+        """Record a request that has ended, for each of its adapters; `seconds` from arrival."""
         self.finished.labels(self._model, reason).inc()
-        self.adapter_requests.labels(self._model, label).inc()
-        self.adapter_tokens.labels(self._model, label).inc(generated)
+        for label in map(self._adapter_label, adapters or (None,)):
+            self.adapter_requests.labels(self._model, label).inc()
+            self.adapter_tokens.labels(self._model, label).inc(generated)
         if last is not None and reason in ("eos", "stop", "length"):
             self.success.labels(self._model, "length" if reason == "length" else "stop").inc()
             self.e2e.labels(self._model).observe(seconds)

@@ -25,7 +25,8 @@ from fastapi import FastAPI
 from litserve.utils import ResponseBufferItem, WorkerSetupStatus
 
 from server.api.errors import document_errors, install_handlers
-from server.api.gate import KeyGate, passed_the_gate
+from server.api.gate import BodyLimit, KeyGate, Keys, passed_the_gate
+from server.api.lifecycle import LifecycleRoutes
 from server.api.link import EngineLink, Message
 from server.api.loop import ChorusAPI, EngineLoop
 from server.api.messages import FRAMES
@@ -37,7 +38,6 @@ from server.api.tgi import TgiRoutes
 logger = logging.getLogger(__name__)
 MAX_CRASHES = 5
 CRASH_WINDOW_SECONDS = 120.0
-MAX_BODY_BYTES = 1 << 20
 _PR_SET_PDEATHSIG = 1
 
 
@@ -51,8 +51,8 @@ class ChorusServer(ls.LitServer):
     def __init__(self, served: Served, model_dir: Path) -> None:
         self._spec = ChorusSpec()
         self._spec.served = served
-        for routes in (TgiRoutes(self._spec), OpenAIRoutes(self._spec), ProbeRoutes(self._spec)):
-            routes.register()
+        for routes in (TgiRoutes, OpenAIRoutes, LifecycleRoutes, ProbeRoutes):
+            routes(self._spec).register()
         api = ChorusAPI(served.settings, model_dir, spec=self._spec, loop=EngineLoop())
         # LitServe makes it a dependency of every route; a plain function would cost a thread.
         api.authorize = passed_the_gate  # pyright: ignore[reportAttributeAccessIssue]
@@ -64,14 +64,16 @@ class ChorusServer(ls.LitServer):
             timeout=False,
             healthcheck_path="/litserve/health",
             info_path="/litserve/info",
-            max_payload_size=MAX_BODY_BYTES,
+            max_payload_size=None,  # BodyLimit knows which body it is
         )
         own = {path for path, _, _ in self._spec.endpoints}
         kept = own | {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
         self.app.router.routes[:] = [r for r in self.app.router.routes if getattr(r, "path", None) in kept]
         self.app.title, self.app.version = "Chorus", served.version
         document_errors(self.app)
-        self.app.add_middleware(KeyGate, authorize=self._spec.authorize)
+        settings = served.settings
+        self.app.add_middleware(BodyLimit, archive_bytes=int(settings.max_adapter_bytes))
+        self.app.add_middleware(KeyGate, keys=Keys(settings.api_key, settings.admin_key))
         install_handlers(self.app)
         self.monitor_internal = 0.25  # * seconds between looks at the worker
         self.uvicorn_graceful_timeout = served.settings.drain_seconds  # *
@@ -194,7 +196,7 @@ class ChorusServer(ls.LitServer):
             if ":" in settings.host
             else settings.host
         )
-        names = [manifest.ref.name for manifest in state.store.all()]
+        names = [entry.name for entry in state.store.servable()]
         adapter = f'"adapter_id": "{"quotes" if "quotes" in names else names[0]}", ' if names else ""
         key = '-H "Authorization: Bearer $CHORUS_API_KEY" ' if settings.api_key else ""
         room = min(64, state.max_model_len // 2)

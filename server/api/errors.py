@@ -14,7 +14,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from adapters.errors import AdapterError, AdapterNotFound, AdapterRefused
+from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound, AdapterRefused
 from server.engine.types import ErrorKind, SequenceOutput
 
 logger = logging.getLogger(__name__)
@@ -43,6 +43,11 @@ class ApiError(Exception):
         return cls(503, "unavailable", message, {"Retry-After": "2"})
 
     @classmethod
+    def overloaded(cls, message: str) -> "ApiError":
+        """429 with Retry-After."""
+        return cls(429, "overloaded", message, {"Retry-After": "1"})
+
+    @classmethod
     def internal(cls, request_id: str) -> "ApiError":
         """500: a defect of ours; the log has the traceback under this id."""
         message = f"the server failed on this request; its log says more under {request_id}"
@@ -50,11 +55,13 @@ class ApiError(Exception):
 
     @classmethod
     def of_adapter(cls, error: AdapterError, field: str) -> "ApiError":
-        """404, 422 or 503, by the kind of failure."""
+        """404, 409, 422 or 503, by the kind of failure."""
         if isinstance(error, AdapterNotFound):
             return cls(404, "not_found", str(error), param=field)
         if isinstance(error, AdapterRefused):
             return cls(422, "adapter_refused", str(error), param=field)
+        if isinstance(error, AdapterConflict):
+            return cls(409, "conflict", str(error), {"x-should-retry": "false"}, param=field)
         return cls.unavailable(str(error))
 
     @classmethod

@@ -17,11 +17,12 @@ class OpenAIRoutes:
         self._spec.route("GET", "/v1/models", self.models)
 
     async def models(self) -> dict[str, Any]:
-        """The base first, then every adapter that can be served, by name."""
+        """The base first, then every adapter that can be served and every alias, by name."""
         state = self._spec.state
         base, longest = state.model_name, state.max_model_len
         cards = [_card(base, None, state.created, longest)]
-        cards += [_card(m.ref.name, base, m.created, longest) for m in await asyncio.to_thread(state.store.all)]
+        for entry in await asyncio.to_thread(state.store.servable):
+            cards.append(_card(entry.name, base, entry.created, longest))
         return {"object": "list", "data": cards}
 
 

@@ -32,12 +32,25 @@ def _encodable(value: str) -> str:
 Text = Annotated[str, AfterValidator(_encodable)]
 
 
+class AdapterWeight(BaseModel):
+    """One adapter of a composition."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    ref: Text = Field(max_length=160, description="A name, `name@tag` or `name@digest`.")
+    weight: float = Field(default=1.0, description="What it adds to the base is multiplied by this.")
+
+
 class GenerateParameters(BaseModel):
     """`parameters` of the TGI and LoRAX dialect. Null means the default for every field."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    adapter_id: Text | None = Field(default=None, description="An adapter's name; null or the base's name is the base.")
+    adapter_id: Text | list[AdapterWeight] | None = Field(
+        default=None,
+        description="An adapter or alias, `name@tag`, `name@digest`; `name:0.7,other:0.3` or a list mixes several. Null or "
+        "the base's name is the base.",
+    )
     max_new_tokens: int | None = Field(default=None, ge=1, description="20 if null, or fewer where positions run out.")
     do_sample: bool | None = Field(default=None, description="False is greedy.")
     temperature: float | None = Field(default=None, gt=0, le=100, description="Needs do_sample; 1 if null.")

@@ -4,10 +4,9 @@ Lives in the API process; the worker gets a copy without any of its live state.
 """
 
 import asyncio
-import hmac
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,10 +14,13 @@ from typing import Any, TypeVar
 from fastapi import Request as HttpRequest
 from litserve.specs.base import LitSpec
 
-from adapters.adapter import AdapterManifest
+from adapters.adapter import AdapterRef, WeightedAdapter, alone, check_composition
 from adapters.errors import AdapterError
+from adapters.references import parse_composition
+from adapters.sources import Sources
 from adapters.store import AdapterStore
 from server.api.errors import ApiError, request_id_of
+from server.api.in_flight import InFlight
 from server.api.link import EngineLink, Overloaded, Unavailable
 from server.engine.types import FinishReason, Request, SamplingParams, SequenceOutput
 from server.metrics import Metrics
@@ -27,7 +29,7 @@ from server.settings import Settings
 from server.tokenizer import Tokenizer
 
 T = TypeVar("T")
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
+PROOF_TOKEN = 0  # any token does
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Served:
     tokenizer: Tokenizer
     vocabulary: list[bytes]
     store: AdapterStore
+    sources: Sources
     metrics: Metrics
     version: str
     created: float  # when this server started, seconds since the epoch
@@ -51,15 +54,20 @@ class Generation:
     """One validated request, ready to submit."""
 
     request: Request
-    adapter: AdapterManifest | None
     client_id: str  # x-request-id
+
+    @property
+    def names(self) -> list[str]:
+        """The adapters it uses; none is the base."""
+        return [each.ref.name for each in self.request.adapters]
 
     @property
     def headers(self) -> dict[str, str]:
         """Response headers known before the first token."""
         headers = {"x-request-id": self.client_id, "x-prompt-tokens": str(len(self.request.prompt_token_ids))}
-        if self.adapter is not None:
-            headers |= {"x-adapter-id": self.adapter.ref.name, "x-adapter-digest": self.adapter.ref.digest}
+        if self.names:
+            headers["x-adapter-id"] = ",".join(self.names)
+            headers["x-adapter-digest"] = ",".join(each.ref.digest for each in self.request.adapters)
         return headers
 
 
@@ -71,9 +79,10 @@ class ChorusSpec(LitSpec):
         self.api_path = "/generate"
         self.served: Served | None = None
         self.link: EngineLink | None = None
+        self.in_flight = InFlight()
 
     def __getstate__(self) -> dict[str, Any]:
-        live: dict[str, Any] = {"served": None, "link": None, "response_buffer": None, "_endpoints": []}
+        live: dict[str, Any] = {"served": None, "link": None, "in_flight": None, "response_buffer": None, "_endpoints": []}
         return {**super().__getstate__(), **live}
 
     @property
@@ -93,18 +102,6 @@ class ChorusSpec(LitSpec):
         """Not used: the routes are our own."""
         return output
 
-    def authorize(self, request: HttpRequest) -> None:
-        """Raises 401 unless the path is open or the inference key was sent."""
-        key = self.state.settings.api_key
-        if key is None or request.url.path in OPEN_PATHS:
-            return
-        scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
-        sent = bearer.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-        if not hmac.compare_digest(sent.encode(), key.get_secret_value().encode()):
-            raise ApiError(
-                401, "unauthorized", "missing or wrong key: send `Authorization: Bearer KEY` or `X-API-Key: KEY`"
-            )
-
     @property
     def state(self) -> Served:
         """What is served. Raises RuntimeError outside the API process."""
@@ -119,24 +116,53 @@ class ChorusSpec(LitSpec):
             raise ApiError.unavailable("the server is starting")
         return self.link
 
-    async def adapter(self, name: str | None, field: str) -> AdapterManifest | None:
-        """The adapter of a name a client sent in `field`; None for the base. Raises ApiError."""
-        if name is None or name == self.state.model_name:
-            return None
-        store = self.state.store
-        if (known := store.known(name)) is not None:
-            return known
+    async def adapters(
+        self, wanted: str | Sequence[tuple[str, float]] | None, field: str, http: HttpRequest
+    ) -> tuple[WeightedAdapter, ...]:
+        """The adapters that a client named in `field`; none for the base. Raises ApiError.
+
+        A weighted alias sends equal `x-adapter-key` headers to the same target.
+        """
+        if wanted is None or wanted == self.state.model_name:
+            return ()
+        store, key, found = self.state.store, http.headers.get("x-adapter-key"), list[WeightedAdapter]()
         try:
-            return await asyncio.to_thread(store.get, name)  # reads and hashes files
+            if isinstance(wanted, str):
+                wanted = parse_composition(wanted) if "," in wanted or ":" in wanted else [(wanted, 1.0)]
+            for reference, weight in wanted:
+                known = store.known(reference, key)
+                if known is None:
+                    known = await asyncio.to_thread(store.get, reference, key)  # reads and hashes files
+                found.append(WeightedAdapter(known.ref, weight))
+            check_composition(found)
         except AdapterError as error:
             raise ApiError.of_adapter(error, field) from None
+        except ValueError as error:
+            raise ApiError.invalid(field, str(error)) from None
+        return tuple(found)
+
+    async def prove(self, ref: AdapterRef) -> ApiError | None:
+        """Let the engine load a version and use it once; what went wrong, if anything did."""
+        request = Request(
+            uuid.uuid4().hex, (PROOF_TOKEN,), SamplingParams(max_tokens=1), alone(ref), time.monotonic()
+        )  # fmt: skip
+        try:
+            async with aclosing(self.engine.generate(request)) as outputs:
+                async for output in outputs:
+                    if output.finish_reason is FinishReason.ERROR:
+                        return ApiError.of_output(output)
+        except Overloaded as error:
+            return ApiError.overloaded(str(error))
+        except Unavailable as error:
+            return ApiError.unavailable(str(error))
+        return None
 
     def prepare(
         self,
         http: HttpRequest,
         prompt: str,
         prompt_field: str,
-        adapter: AdapterManifest | None,
+        adapters: tuple[WeightedAdapter, ...],
         params: Callable[[int], SamplingParams],
         *,
         stream: bool,
@@ -149,38 +175,36 @@ class ChorusSpec(LitSpec):
                 prompt_field,
                 f"has {len(ids)} tokens; the model has {self.state.max_model_len} positions for prompt and output",
             )
-        request = Request(
-            uuid.uuid4().hex, tuple(ids), params(room), adapter.ref if adapter else None, time.monotonic(), stream
-        )
-        return Generation(request, adapter, request_id_of(http, request.request_id))
+        request = Request(uuid.uuid4().hex, tuple(ids), params(room), adapters, time.monotonic(), stream)
+        return Generation(request, request_id_of(http, request.request_id))
 
     async def outputs(self, generation: Generation) -> AsyncGenerator[SequenceOutput]:
         """The request's outputs; a failed one raises ApiError. Closing it early aborts the request."""
         metrics, request = self.state.metrics, generation.request
         last, generated, reason = None, 0, FinishReason.ABORT.value
         try:
-            async with aclosing(self.engine.generate(request)) as outputs:
-                async for last in outputs:
-                    generated += len(last.token_ids)
-                    if last.finish_reason is not None:
-                        reason = last.finish_reason.value
-                    if last.finish_reason is FinishReason.ERROR:
-                        raise ApiError.of_output(last)
-                    yield last
+            with self.in_flight.hold(generation.names):
+                async with aclosing(self.engine.generate(request)) as outputs:
+                    async for last in outputs:
+                        generated += len(last.token_ids)
+                        if last.finish_reason is not None:
+                            reason = last.finish_reason.value
+                        if last.finish_reason is FinishReason.ERROR:
+                            raise ApiError.of_output(last)
+                        yield last
         except Overloaded as error:
             reason = ""
             metrics.rejected.labels(self.state.model_name, "overloaded").inc()
-            raise ApiError(429, "overloaded", str(error), {"Retry-After": "1"}) from None
+            raise ApiError.overloaded(str(error)) from None
         except Unavailable as error:
             reason = ""
             metrics.rejected.labels(self.state.model_name, "unavailable").inc()
             raise ApiError.unavailable(str(error)) from None
         finally:
             if reason:
-                name = generation.adapter.ref.name if generation.adapter else None
                 seconds = time.monotonic() - request.arrival_time
                 prompt = len(request.prompt_token_ids)
-                metrics.observe_request(name, prompt, generated, reason, seconds, last)
+                metrics.observe_request(generation.names, prompt, generated, reason, seconds, last)
 
     async def race(self, http: HttpRequest, work: Awaitable[T]) -> T:
         """Await `work`, but cancel it as soon as the client hangs up (then raises 499, which nobody reads)."""

@@ -78,13 +78,15 @@ class TgiRoutes:
     async def _prepare(
         self, body: GenerateRequest, parameters: GenerateParameters, http: HttpRequest, *, stream: bool
     ) -> Generation:
-        adapter = await self._spec.adapter(parameters.adapter_id, "adapter_id")
+        wanted = parameters.adapter_id
+        listed = wanted if isinstance(wanted, str | None) else [(each.ref, each.weight) for each in wanted]
+        adapters = await self._spec.adapters(listed, "adapter_id", http)
         logprobs = stream or bool(parameters.details)
 
         def params(room: int) -> SamplingParams:
             return sampling_params(parameters, room, self._spec.state.max_model_len, logprobs=logprobs)
 
-        return self._spec.prepare(http, body.inputs, "inputs", adapter, params, stream=stream)
+        return self._spec.prepare(http, body.inputs, "inputs", adapters, params, stream=stream)
 
     async def _collect(
         self, body: GenerateRequest, parameters: GenerateParameters, generation: Generation
