@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from adapters.adapter import BaseShape
 from adapters.errors import AdapterError, AdapterRefused
@@ -96,7 +96,8 @@ def _row(store: AdapterStore, entry: Entry) -> dict[str, Any]:
 def _text(answer: Any) -> str:
     """One line for each row of a list, `field: value` lines otherwise."""
     if isinstance(answer, list):
-        lines = [f"{r['name']:<32} {_short(r):<14} {_what(r)}" for r in answer]
+        rows = cast("list[dict[str, Any]]", answer)
+        lines = [f"{r['name']:<32} {_short(r):<14} {_what(r)}" for r in rows]
         return "\n".join([f"{'NAME':<32} {'DIGEST':<14} WHAT", *lines])
     return "\n".join(f"{field}: {value}" for field, value in answer.items())
 

@@ -155,8 +155,11 @@ class AdapterVersion:
     @classmethod
     def of_facts(cls, digest: str, facts: dict[str, Any]) -> AdapterVersion:
         """The version whose `facts` these are."""
-        targets = tuple(target for target in TARGETS if target in facts["targets"])  # the same strings for all
-        return cls(digest, **facts | {"targets": targets, "shape": BaseShape(**facts["shape"])})
+        own: dict[str, Any] = {
+            "targets": tuple(target for target in TARGETS if target in facts["targets"]),  # the same strings for all
+            "shape": BaseShape(**facts["shape"]),
+        }
+        return cls(digest, **facts | own)
 
 
 @dataclass(frozen=True)

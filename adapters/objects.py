@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Container, Iterator
+from collections.abc import Container, Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class Objects:
         return self._objects / digest[:2] / digest
 
     @contextmanager
-    def staging(self) -> Iterator[Path]:
+    def staging(self) -> Generator[Path]:
         """An empty folder on the same file system, deleted afterwards."""
         folder = self._staging / uuid.uuid4().hex
         folder.mkdir()
@@ -113,7 +113,7 @@ class Objects:
 
 
 @contextmanager
-def _storing(source: Path) -> Iterator[None]:
+def _storing(source: Path) -> Generator[None]:
     try:
         yield
     except OSError as error:

@@ -9,7 +9,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -198,7 +198,7 @@ class Registry:
             self._seen_revision = revision
 
     @contextmanager
-    def _change(self) -> Iterator[sqlite3.Connection]:
+    def _change(self) -> Generator[sqlite3.Connection]:
         """A transaction that sees every change before it."""
         with self._lock, self._connection() as db:
             db.execute("begin immediate")
@@ -212,7 +212,7 @@ class Registry:
             self._take_in(db)
 
     @contextmanager
-    def _connection(self) -> Iterator[sqlite3.Connection]:
+    def _connection(self) -> Generator[sqlite3.Connection]:
         try:
             if self._open is None or self._open[0] != os.getpid():
                 self._open = os.getpid(), self._connect()

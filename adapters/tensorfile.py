@@ -33,8 +33,20 @@ class TensorHeader:
     nbytes: int
 
 
+class TensorSlice(Protocol):
+    """One tensor's header."""
+
+    def get_shape(self) -> Sequence[int]: ...
+
+    def get_dtype(self) -> str: ...
+
+
 class TensorFile(Protocol):
     """An open safetensors file; its header has been validated."""
+
+    def keys(self) -> Sequence[str]: ...
+
+    def get_slice(self, name: str) -> TensorSlice: ...
 
     def get_tensor(self, name: str) -> Any:
         """A numpy array or a torch tensor, as the file was opened; mapped from the file."""
@@ -96,7 +108,7 @@ def read_headers(file: BinaryIO, what: str) -> dict[str, TensorHeader]:
     if not isinstance(raw, dict):
         raise AdapterRefused(f"the header of {what} holds {type(raw).__name__}, expected an object")
     entries = cast("dict[str, Any]", raw)
-    metadata = entries.pop("__metadata__", None) or {}
+    metadata: Any = entries.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in cast("dict[str, Any]", metadata).values()):
         raise AdapterRefused(f"__metadata__ of {what} is not an object of strings")
     if len(entries) > MAX_TENSORS:
@@ -129,7 +141,7 @@ def chunks(file: BinaryIO, header: TensorHeader, what: str) -> Iterator[bytes]:
 def _header(name: str, entry: Any, data_start: int) -> TensorHeader:
     if len(name) > _MAX_NAME_CHARS:
         raise AdapterRefused(f"a tensor's name has {len(name)} characters: {name[:40]!r}...")
-    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    fields = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
     if set(fields) != {"dtype", "shape", "data_offsets"}:
         raise AdapterRefused(f"tensor {name!r} has no dtype, shape and data_offsets alone in the header")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]

@@ -46,6 +46,6 @@ def _finite(file: BinaryIO, header: TensorHeader, name: str) -> npt.NDArray[np.f
 
 def _has_effect(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> bool:
     """Whether B A maps a random vector to anything but zero: it does unless it is zero. a [rank, in], b [out, rank]."""
-    vector = np.random.default_rng(0).standard_normal(a.shape[1])
-    with np.errstate(over="ignore", invalid="ignore"):
-        return bool((b.astype(np.float64) @ (a.astype(np.float64) @ vector)).any())
+    vector = np.asarray(np.random.default_rng(0).standard_normal(a.shape[1]), np.float64)
+    product: npt.NDArray[np.float64] = np.matmul(b, np.matmul(a, vector))  # in float64, as the vector is
+    return bool(product.any())

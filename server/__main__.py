@@ -78,8 +78,10 @@ def _served(settings: Settings, model_dir: Path) -> Served:
         vocabulary=tokenizer.vocabulary(config.vocab_size),
         store=store,
         sources=Sources(
-            [settings.adapters_dir, *settings.adapter_roots], settings.adapter_sources,
-            int(settings.max_adapter_bytes), settings.download_seconds,
+            [settings.adapters_dir, *settings.adapter_roots],
+            settings.adapter_sources,
+            int(settings.max_adapter_bytes),
+            settings.download_seconds,
         ),
         metrics=Metrics(name, settings.max_batch_size),
         version=importlib.metadata.version("chorus-serve"),

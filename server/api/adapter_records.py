@@ -94,7 +94,7 @@ class RecordWriter:
 
     def _files(self, found: Found) -> dict[str, Any]:
         folder = Path(found.ref.path)
-        config = _json(folder / CONFIG_FILE) or {}
+        config: dict[str, Any] = _json(folder / CONFIG_FILE) or {}
         return {
             "alpha": config.get("lora_alpha"),
             "report": _json(folder / REPORT_FILE),

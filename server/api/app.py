@@ -64,7 +64,7 @@ class ChorusServer(ls.LitServer):
             timeout=False,
             healthcheck_path="/litserve/health",
             info_path="/litserve/info",
-            max_payload_size=None,  # BodyLimit knows which body it is
+            max_payload_size=None,  # pyright: ignore[reportArgumentType] (it takes None; BodyLimit knows which body it is)
         )
         own = {path for path, _, _ in self._spec.endpoints}
         kept = own | {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
 
@@ -18,7 +18,7 @@ class InFlight:
         return self._counts[name]
 
     @contextmanager
-    def hold(self, names: Iterable[str]) -> Iterator[None]:
+    def hold(self, names: Iterable[str]) -> Generator[None]:
         """Count a request that uses these adapters."""
         held = list(names)
         self._counts.update(held)

@@ -48,8 +48,8 @@ class GenerateParameters(BaseModel):
 
     adapter_id: Text | list[AdapterWeight] | None = Field(
         default=None,
-        description="An adapter or alias, `name@tag`, `name@digest`; `name:0.7,other:0.3` or a list mixes several. Null or "
-        "the base's name is the base.",
+        description="An adapter or alias, `name@tag`, `name@digest`; `name:0.7,other:0.3` or a list mixes several. "
+        "Null or the base's name is the base.",
     )
     max_new_tokens: int | None = Field(default=None, ge=1, description="20 if null, or fewer where positions run out.")
     do_sample: bool | None = Field(default=None, description="False is greedy.")

@@ -82,8 +82,8 @@ class ChorusSpec(LitSpec):
         self.in_flight = InFlight()
 
     def __getstate__(self) -> dict[str, Any]:
-        live: dict[str, Any] = {"served": None, "link": None, "in_flight": None, "response_buffer": None, "_endpoints": []}
-        return {**super().__getstate__(), **live}
+        live = dict.fromkeys(("served", "link", "in_flight", "response_buffer"))
+        return {**super().__getstate__(), **live, "_endpoints": []}
 
     @property
     def stream(self) -> bool:

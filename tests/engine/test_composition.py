@@ -1,6 +1,5 @@
 """Several weighted adapters in one request: PEFT's `cat`, rows beside rows of other kinds, and how such groups get in."""
 
-import threading
 from collections.abc import Iterator
 from itertools import combinations
 from pathlib import Path
@@ -9,11 +8,9 @@ import pytest
 import torch
 
 from adapters.adapter import MAX_COMPOSED, AdapterRef, WeightedAdapter, alone
-from adapters.errors import AdapterRefused, AdapterUnavailable
 from kernels.build import library
-from server.engine.types import ErrorKind, FinishReason, Request
+from server.engine.types import Request
 from tests import oracle
-from tests.engine.toy import Toys
 from tests.oracle import (
     EOS,
     adapter_ref,
@@ -100,7 +97,12 @@ def test_a_mixed_batch_has_pefts_tokens_and_logprobs(zoo: Folders) -> None:
 
 
 def test_a_composed_request_gives_the_same_tokens_alone_and_in_any_mix(zoo: Folders) -> None:
-    kinds = [{}, *MIXES, *({name: 1.0} for name in ADAPTERS), *({a: 0.8, b: -0.3} for a, b in combinations(ADAPTERS, 2))]
+    kinds = [
+        {},
+        *MIXES,
+        *({name: 1.0} for name in ADAPTERS),
+        *({a: 0.8, b: -0.3} for a, b in combinations(ADAPTERS, 2)),
+    ]
     requests: list[Request] = []
     for i, prompt in enumerate(make_prompts(200, seed=33, longest=12)):
         how = {"temperature": 0.9, "seed": i} if i % 2 else {}
