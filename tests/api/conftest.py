@@ -32,7 +32,7 @@ class ServerProcess:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("CHORUS_")}
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "server", "--port", str(port), *flags],
+                [sys.executable, "-m", "server", "--port", str(port), "--store-dir", str(log.parent / "store"), *flags],
                 stdout=file, stderr=file, cwd=ROOT, env=clean | (env or {}),
             )  # fmt: skip
 
