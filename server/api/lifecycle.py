@@ -125,6 +125,10 @@ class LifecycleRoutes:
         return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.{still}", 202 if left else 200)
 
     @property
+    def _max_bytes(self) -> int:
+        return int(self._spec.state.settings.max_adapter_bytes)
+
+    @property
     def _store(self) -> AdapterStore:
         return self._spec.state.store
 
@@ -135,7 +139,7 @@ class LifecycleRoutes:
             with (staging / "archive").open("wb") as file:
                 async for chunk in http.stream():
                     await asyncio.to_thread(file.write, chunk)
-            unpacked = await _call("body", unpack, staging / "archive", staging / "unpacked")
+            unpacked = await _call("body", unpack, staging / "archive", staging / "unpacked", self._max_bytes)
             yield unpacked.folder, list(unpacked.ignored)
 
     @asynccontextmanager

@@ -131,7 +131,11 @@ def test_what_is_refused_changes_nothing(lifecycle: ServerProcess, folders: Path
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("demo", "the name 'demo' is reserved"), ("a%20b", "'a b' is no adapter name"), ("p%D0%BEe", "is no adapter name")],
+    [
+        ("demo", "the name 'demo' is reserved"),
+        ("a%20b", "'a b' is no adapter name"),
+        ("p%D0%BEe", "is no adapter name"),
+    ],
 )
 def test_a_name_that_no_adapter_may_have(lifecycle: ServerProcess, folders: Path, name: str, message: str) -> None:
     answer = put(lifecycle, name, archive(folders / "one"))
