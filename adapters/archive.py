@@ -53,7 +53,15 @@ def unpack(archive: Path, into: Path, max_bytes: int = 1 << 30) -> Unpacked:
     try:
         with archive.open("rb") as file, _members(file, max_bytes) as members:
             return _write(members, into, max_bytes)
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, UnicodeError, NotImplementedError) as error:
+    except (
+        tarfile.TarError,
+        zipfile.BadZipFile,
+        gzip.BadGzipFile,
+        zlib.error,
+        EOFError,
+        UnicodeError,
+        NotImplementedError,
+    ) as error:
         shutil.rmtree(into)
         raise AdapterRefused(f"the archive is damaged or of a kind that is not read: {error}") from None
     except BaseException:
