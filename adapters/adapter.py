@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +66,44 @@ class AdapterRef:
     digest: str  # sha256, hex
     name: str
     path: str
+
+
+@dataclass(frozen=True)
+class WeightedAdapter:
+    """One of the adapters of a request; what it adds to the base is multiplied by `weight`."""
+
+    ref: AdapterRef
+    weight: float = 1.0
+
+
+MAX_COMPOSED = 8
+"""Adapters that one request may name."""
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
+"""Limits of a weight's absolute value."""
+
+
+def alone(ref: AdapterRef | None) -> tuple[WeightedAdapter, ...]:
+    """What a request carries that names this adapter only, or the base (None)."""
+    return () if ref is None else (WeightedAdapter(ref),)
+
+
+def check_composition(adapters: Sequence[WeightedAdapter]) -> None:
+    """Raises ValueError for too many adapters, for one that comes twice and for a weight out of range."""
+    if len(adapters) > MAX_COMPOSED:
+        raise ValueError(f"{len(adapters)} adapters in one request, at most {MAX_COMPOSED} can be composed")
+    names: dict[str, str] = {}  # by digest
+    for ref, weight in ((each.ref, each.weight) for each in adapters):
+        if ref.digest in names:
+            raise ValueError(
+                f"{names[ref.digest]!r} and {ref.name!r} are the same adapter ({ref.digest[:12]}): "
+                "name it once, with the sum of the weights"
+            )
+        names[ref.digest] = ref.name
+        if not LEAST_WEIGHT <= abs(weight) <= MOST_WEIGHT:  # NaN isn't, either
+            raise ValueError(
+                f"adapter {ref.name!r} has weight {weight}, expected {LEAST_WEIGHT:g} to {MOST_WEIGHT:g} "
+                "or the negative of that; leave an adapter out to give it none"
+            )
 
 
 @dataclass(frozen=True)
@@ -128,9 +167,9 @@ class LoraPair:
     b: Tensor  # [rank, out], scaling folded in
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Adapter:
-    """Validated weights in memory."""
+    """Validated weights in memory. Equal to itself only: one that was evicted and loaded again is another."""
 
     digest: str
     pairs: dict[ModuleKey, LoraPair]
@@ -149,3 +188,7 @@ class Adapter:
     def nbytes(self) -> int:
         """Bytes its tensors take."""
         return sum(t.numel() * t.element_size() for pair in self.pairs.values() for t in (pair.a, pair.b))
+
+
+Mix: TypeAlias = tuple[tuple[Adapter, float], ...]
+"""A row's adapters and their weights, by ascending digest; empty for the base."""

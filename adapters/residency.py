@@ -2,7 +2,7 @@
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from enum import Enum
@@ -33,6 +33,11 @@ class AdapterStatus(Enum):
     FAILED = "failed"  # I/O; asking for it tries again once RETRY_SECONDS have passed
 
 
+_WORST_FIRST = (
+    AdapterStatus.REFUSED, AdapterStatus.FAILED, AdapterStatus.ABSENT, AdapterStatus.LOADING, AdapterStatus.READY
+)  # fmt: skip
+
+
 @dataclass
 class ResidencyStats:
     """Totals since the start."""
@@ -58,6 +63,7 @@ class _Staged:
 
     adapter: Adapter
     seconds: float  # that reading it took
+    nbytes: int  # that it will take on the device
     polls: int = 0  # that it has waited
 
 
@@ -67,6 +73,11 @@ class Residency:
     A load reads the adapter into host memory, waits until the arena has room, and is copied there; reading and copying
     run on a thread each, and `poll` publishes what has ended. The least recently used adapter makes room, but none that
     a running sequence uses, and none that was asked for since the last poll: it is about to run.
+
+    Adapters are asked for in groups, those that one request composes, and a group runs when all of it is READY. When one
+    of them has waited for room for too long, its group is claimed: until it runs or is given up, nothing of it is
+    evicted, and until all of it has its place, nothing else gets one. Two groups can't take turns at evicting each
+    other's halves, and what fits into the arena alone is sure to run.
     """
 
     def __init__(self, load: Callable[[AdapterRef], Adapter], arena: Arena, slots: int = SLOTS) -> None:
@@ -81,7 +92,8 @@ class Residency:
         ] = {}  # digest -> (copy, reading's seconds)
         self._residents: dict[str, _Resident] = {}
         self._errors: dict[str, tuple[AdapterError, float, str]] = {}  # digest -> (why, when, path)
-        self._wanted: set[str] = set()  # asked for since the last poll
+        self._wanted: dict[frozenset[str], None] = {}  # groups asked for since the last poll, in order
+        self._claim: frozenset[str] = frozenset()  # the group that has waited for too long
         self.stats = ResidencyStats()
 
     @property
@@ -99,30 +111,42 @@ class Residency:
         """How many adapters are READY."""
         return len(self._residents) - len(self._copying)
 
-    def prefetch(self, ref: AdapterRef) -> AdapterStatus:
-        """Mark `ref` as wanted soon, start loading it if it is absent, and say where it stands.
+    def prefetch(self, *refs: AdapterRef) -> AdapterStatus:
+        """Mark `refs`, a group, as wanted soon, start loading what is absent of it, and say where it stands.
 
-        Still ABSENT: so many others are being loaded that it has to be asked for again.
+        READY if all are, REFUSED or FAILED if one is, REFUSED if they don't fit into the arena together. Still ABSENT:
+        so many others are being loaded that the group has to be asked for again.
         """
-        self._forget_failure(ref)
-        self._wanted.add(ref.digest)
-        self._slots.touch(ref.digest)
-        ahead = len(self._reading) + len(self._staged)
-        if self.status(ref.digest) is AdapterStatus.ABSENT and ahead < LOADS_AHEAD:
-            self._reading[ref.digest] = self._reader.submit(_timed, self._load, ref), ref.path
-        return self.status(ref.digest)
+        group = frozenset(ref.digest for ref in refs)
+        self._wanted[group] = None
+        for ref in refs:
+            self._forget_failure(ref)
+            self._slots.touch(ref.digest)
+        if not group & self._errors.keys():
+            for ref in refs:
+                # A claimed group's are read however many others wait in host memory: those wait for it.
+                ahead = 0 if group == self._claim else len(self._reading) + len(self._staged)
+                if self.status(ref.digest) is AdapterStatus.ABSENT and ahead < LOADS_AHEAD:
+                    self._reading[ref.digest] = self._reader.submit(_timed, self._load, ref), ref.path
+        worst = min((self.status(digest) for digest in group), key=_WORST_FIRST.index)
+        return AdapterStatus.REFUSED if self._misfit(group) else worst
 
-    def starving(self, digest: str) -> bool:
-        """Whether a loaded adapter has waited for room for more than PATIENCE polls: others keep the arena full."""
-        return digest in self._staged and self._staged[digest].polls > PATIENCE
+    def starving(self, *digests: str) -> bool:
+        """Whether one of a group has been read, and waited for room for more than PATIENCE polls: others keep the arena
+        full."""
+        return self._claim == frozenset(digests) and any(digest in self._staged for digest in digests)
 
-    def pin(self, digest: str) -> None:
-        """Keep a READY adapter on the device until `unpin`."""
-        self._slots.pin(digest)
+    def pin(self, *digests: str) -> None:
+        """Keep a group of READY adapters on the device until `unpin`."""
+        for digest in digests:
+            self._slots.pin(digest)
+        if self._claim == frozenset(digests):
+            self._claim = frozenset()
 
-    def unpin(self, digest: str) -> None:
-        """Undo one `pin`. The adapter stays until its room is needed."""
-        self._slots.unpin(digest)
+    def unpin(self, *digests: str) -> None:
+        """Undo one `pin`. The adapters stay until their room is needed."""
+        for digest in digests:
+            self._slots.unpin(digest)
 
     def status(self, digest: str) -> AdapterStatus:
         """Where the adapter of this digest stands now."""
@@ -142,7 +166,8 @@ class Residency:
             future, path = self._reading.pop(digest)
             error = future.exception()
             if error is None:
-                self._staged[digest] = _Staged(*future.result())
+                adapter, seconds = future.result()
+                self._staged[digest] = _Staged(adapter, seconds, self.arena.nbytes_for(adapter))
             else:
                 self._fail(digest, error, path)
         for digest in [d for d, (future, _) in self._copying.items() if future.done()]:
@@ -153,9 +178,11 @@ class Residency:
                 self.stats.loads += 1
                 self.stats.load_seconds += seconds + more
             else:
-                self._evict(digest)
+                self._discard(digest)
                 self._fail(digest, error, "")
-        wanted, self._wanted = self._wanted, set()
+        wanted, self._wanted = self._wanted, {}
+        if self._claim not in wanted:
+            self._claim = frozenset()
         self._place_staged(wanted)
 
     def adapter(self, digest: str) -> Adapter:
@@ -169,9 +196,13 @@ class Residency:
         """The slot of a READY adapter."""
         return self._residents[digest].slot
 
-    def error(self, digest: str) -> AdapterError:
-        """Why a REFUSED or FAILED adapter isn't READY."""
-        return self._errors[digest][0]
+    def error(self, *digests: str) -> AdapterError:
+        """Why a group is REFUSED or FAILED. Raises KeyError if it is neither."""
+        failed = [self._errors[digest][0] for digest in digests if digest in self._errors]
+        refused = [error for error in failed if isinstance(error, AdapterRefused)]
+        if error := next(iter(refused + failed), None) or self._misfit(digests):
+            return error
+        raise KeyError(*digests)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when slots, pins or places are lost while nothing runs."""
@@ -186,18 +217,21 @@ class Residency:
         for executor in (self._reader, self._copier):
             executor.shutdown(wait=True, cancel_futures=True)
 
-    def _place_staged(self, wanted: set[str]) -> None:
+    def _place_staged(self, wanted: dict[frozenset[str], None]) -> None:
         """In order of arrival: the first that finds no room holds up the others, or larger ones would never get any."""
-        while self._staged:
-            digest, staged = next(iter(self._staged.items()))
+        asked = frozenset[str]().union(*wanted)
+        while (digest := self._next_staged()) is not None:
+            staged = self._staged[digest]
             try:
-                place = self._make_room(staged.adapter, set() if self.starving(digest) else wanted)
+                place = self._make_room(staged.adapter, self._claim if digest in self._claim else asked)
             except AdapterRefused as error:
                 del self._staged[digest]
                 self._fail(digest, error, "")
                 continue
-            if place is None and digest in wanted:
+            if place is None and digest in asked:
                 staged.polls += 1
+                if staged.polls > PATIENCE and not self._claim:
+                    self._claim = next(group for group in wanted if digest in group)
                 return
             del self._staged[digest]  # placed, or nobody waits for it any more
             if place is not None:
@@ -205,31 +239,63 @@ class Residency:
                 copy = self._copier.submit(_timed, self.arena.fill, staged.adapter, place)
                 self._copying[digest] = copy, staged.seconds
 
-    def _make_room(self, adapter: Adapter, keep: set[str]) -> Place | None:
+    def _next_staged(self) -> str | None:
+        """The next one to get a place: the first, but of the claimed group if that isn't complete."""
+        complete = self._claim <= self._residents.keys()
+        return next((digest for digest in self._staged if complete or digest in self._claim), None)
+
+    def _make_room(self, adapter: Adapter, keep: frozenset[str]) -> Place | None:
         """A place for `adapter`, evicting others; None, and nobody evicted, while what may go would not suffice.
 
-        Pinned ones, those being copied and those in `keep` stay.
+        Pinned ones, those being copied and those in `keep` stay; but where only its own group is left, and lies so that
+        there is no room in one piece, all of it goes and comes again, side by side.
         """
         place = self._reserve(adapter)
         if place is not None:
             return place
-        keep = keep | self._copying.keys()
+        keep |= self._copying.keys()
         idle = sum(self.arena.nbytes_of(self._residents[digest].place) for digest in self._slots.idle(keep))
         if self.arena.nbytes - self.arena.used_bytes + idle < self.arena.nbytes_for(adapter):
             return None
-        while place is None:
-            victim = next(self._slots.idle(keep), None)
-            if victim is None:
-                return None
+        while place is None and (victim := next(self._slots.idle(keep), None)):
             self._evict(victim)
-            self.stats.evictions += 1
+            place = self._reserve(adapter)
+        rest = list(self._slots.idle(self._copying))
+        if place is None and adapter.digest in self._claim and len(rest) == len(self._residents):
+            for victim in rest:
+                self._evict(victim)
             place = self._reserve(adapter)
         return place
+
+    def _misfit(self, digests: Collection[str]) -> AdapterRefused | None:
+        """Why adapters, all of which have been read, can't be on the device together; None if they can or one hasn't."""
+        if len(digests) < 2:
+            return None
+        if len(digests) >= self._slots.count:
+            return AdapterRefused(f"{len(digests)} adapters composed, the device has slots for {self._slots.count - 1}")
+        needed = 0
+        for digest in digests:
+            if digest in self._staged:
+                needed += self._staged[digest].nbytes
+            elif digest in self._residents:
+                needed += self.arena.nbytes_of(self._residents[digest].place)
+            else:
+                return None
+        if needed <= self.arena.nbytes:
+            return None
+        return AdapterRefused(
+            f"the {len(digests)} adapters composed take {needed:,} bytes on the device together, the arena holds "
+            f"{self.arena.nbytes:,}: raise --adapter-memory, or compose fewer"
+        )
 
     def _reserve(self, adapter: Adapter) -> Place | None:
         return None if self._slots.full else self.arena.reserve(adapter)
 
     def _evict(self, digest: str) -> None:
+        self.stats.evictions += 1
+        self._discard(digest)
+
+    def _discard(self, digest: str) -> None:
         self.arena.free(self._residents.pop(digest).place)
         self._slots.remove(digest)
 

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from adapters.adapter import AdapterRef
+from adapters.adapter import AdapterRef, alone
 from benchmarks.common import succeeded
 from server.engine.engine import Engine
 from server.engine.types import Request, SamplingParams, SequenceOutput, StepStats
@@ -55,7 +55,7 @@ class Clients:
         """Queue one request."""
         name = str(self._sent)
         ids = tuple(self._rng.randrange(50257) for _ in range(prompt))
-        self._engine.add_request(Request(name, ids, SamplingParams(max_tokens=tokens), ref))
+        self._engine.add_request(Request(name, ids, SamplingParams(max_tokens=tokens), alone(ref)))
         self._sent += 1
         self._in_flight.add(name)
 

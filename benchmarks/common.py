@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from adapters.adapter import Adapter, AdapterRef, LoraPair, ModuleKey
+from adapters.adapter import Adapter, AdapterRef, LoraPair, ModuleKey, alone
 from adapters.arena import Arena
 from adapters.residency import Residency
 from server.engine.config import EngineConfig
@@ -126,7 +126,7 @@ def warm(engine: Engine, refs: Iterable[AdapterRef]) -> None:
     Raises RuntimeError with what an adapter or its token failed of.
     """
     for ref in refs:
-        engine.add_request(Request(f"warm {ref.digest}", (1,), SamplingParams(max_tokens=1), ref))
+        engine.add_request(Request(f"warm {ref.digest}", (1,), SamplingParams(max_tokens=1), alone(ref)))
     while engine.has_work:
         if not advance(engine).stats.batch_size:
             time.sleep(0.001)  # a load is under way

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from adapters.adapter import AdapterRef
+from adapters.adapter import AdapterRef, alone
 from benchmarks.common import advance
 from server.engine.engine import Engine
 from server.engine.types import Request, SamplingParams
@@ -38,7 +38,7 @@ def full_steps(
     params = SamplingParams(max_tokens=max_tokens(batch, prompt, steps, step_tokens))
     for i in range(batch):
         tokens = tuple(torch.randint(0, vocab, (prompt,)).tolist())
-        engine.add_request(Request(f"{i} of {batch}", tokens, params, refs[i % len(refs)] if refs else None))
+        engine.add_request(Request(f"{i} of {batch}", tokens, params, alone(refs[i % len(refs)] if refs else None)))
     for _ in range(prefill_steps(batch, prompt, step_tokens)):
         advance(engine)
     times: list[float] = []

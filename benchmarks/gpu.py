@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from adapters.adapter import AdapterRef
+from adapters.adapter import AdapterRef, alone
 from benchmarks.common import MEDIUM, advance, hardware, parser, require_positions
 from benchmarks.gpu_checks import CUDA, Row, check_engine, check_tests, new_engine, random_model
 from benchmarks.gpu_steps import PROMPT, device_seconds, positions, step_rows
@@ -58,7 +58,7 @@ def others(model: GPT2) -> list[Row]:
         ("adapter to its first token", 8, AdapterRef("cold", "cold", "")),
     ):
         start, longest, first = time.perf_counter(), 0.0, 0.0
-        engine.add_request(Request(what, (5,) * prompt, SamplingParams(max_tokens=1), ref, stream=True))
+        engine.add_request(Request(what, (5,) * prompt, SamplingParams(max_tokens=1), alone(ref), stream=True))
         while not first:
             step = advance(engine)
             longest = max(longest, step.stats.step_seconds)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from adapters.adapter import AdapterRef
+from adapters.adapter import AdapterRef, alone
 from adapters.arena import Arena
 from adapters.residency import Residency
 from benchmarks.common import RANK, adapter_bytes, advance, make_adapter
@@ -79,7 +79,7 @@ def check_engine() -> list[Row]:
         for i in range(64):
             ref = AdapterRef(f"d{i % 7}@{(8, 16, 64)[i % 3]}", f"a{i % 7}", "") if i % 4 else None
             prompt = tuple((7 * i + 3 * j) % 1000 for j in range(1 + i))
-            engine.add_request(Request(str(i), prompt, SamplingParams(max_tokens=24), ref))
+            engine.add_request(Request(str(i), prompt, SamplingParams(max_tokens=24), alone(ref)))
         answers.append(run_until_done(engine))
         engine.close()
     ours, theirs = answers

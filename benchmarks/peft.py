@@ -15,7 +15,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from adapters.adapter import AdapterRef
+from adapters.adapter import AdapterRef, alone
 from benchmarks.common import (
     MEDIUM,
     RANK,
@@ -77,7 +77,7 @@ def ours(engine: Engine, prompts: torch.Tensor, names: list[str], tokens: int) -
     start = time.perf_counter()
     for i, (prompt, name) in enumerate(zip(prompts.tolist(), names, strict=True)):
         engine.add_request(
-            Request(f"{start}-{i}", tuple(prompt), SamplingParams(max_tokens=tokens), AdapterRef(name, name, ""))
+            Request(f"{start}-{i}", tuple(prompt), SamplingParams(max_tokens=tokens), alone(AdapterRef(name, name, "")))
         )
     while engine.has_work:
         advance(engine)

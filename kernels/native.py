@@ -67,7 +67,7 @@ class Native:
             [c_void_p, c_int64, c_void_p, c_void_p, c_void_p, *[c_int64] * 4],
         )
         attend = [c_void_p] * 6 + [c_int64] * 4 + [c_float]
-        lora = [c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 4, *[c_int64] * 3]
+        lora = [c_void_p, c_int64, c_void_p, c_int64, *[c_void_p] * 5, *[c_int64] * 3]
         self._pack = {dtype: f(f"pack_{s}", pack) for dtype, s in _SUFFIX.items()}
         self._linear = {(dtype, dtype): f(f"linear_{s}", linear) for dtype, s in _SUFFIX.items()}
         self._linear[torch.bfloat16, torch.float32] = f("linear_bf16_f32", linear)
@@ -135,15 +135,15 @@ class Native:
         return x
 
     def lora(self, x: torch.Tensor, y: torch.Tensor, lines: int, count: int) -> None:
-        """y[n] += (x[n] A^T) B for the rows n of `count` lines; x [M, K], y [M, N].
+        """y[n] += w (x[n] A^T) B for each of `count` lines, in order; x [M, K], y [M, N].
 
-        lines: address of int64 [4, count]: row n, addresses of its A [r, K] and B [r, N], rank r. Lines of one adapter
-        should stand together.
+        lines: address of int64 [5, count]: row n, addresses of A [r, K] and B [r, N], rank r, the bits of weight w in
+        fp64. Lines of one adapter should stand together.
         """
         step = 8 * count
         self._lora[x.dtype](
             x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), lines, lines + step, lines + 2 * step,
-            lines + 3 * step, count, x.shape[1], y.shape[1],
+            lines + 3 * step, lines + 4 * step, count, x.shape[1], y.shape[1],
         )  # fmt: skip
 
     def choose(

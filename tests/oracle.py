@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from adapters.adapter import AdapterRef
+from adapters.adapter import AdapterRef, WeightedAdapter, alone
 from adapters.validation import inspect_adapter
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine, build_engine
@@ -90,9 +90,15 @@ def make_prompts(count: int, seed: int, longest: int = 20) -> list[list[int]]:
 
 
 def request(
-    name: object, prompt: Sequence[int], adapter: AdapterRef | None = None, *, stream: bool = False, **params: Any
+    name: object,
+    prompt: Sequence[int],
+    adapter: AdapterRef | tuple[WeightedAdapter, ...] | None = None,
+    *,
+    stream: bool = False,
+    **params: Any,
 ) -> Request:
-    return Request(str(name), tuple(prompt), SamplingParams(**params), adapter, stream=stream)
+    adapters = adapter if isinstance(adapter, tuple) else alone(adapter)
+    return Request(str(name), tuple(prompt), SamplingParams(**params), adapters, stream=stream)
 
 
 def run(engine: Engine, requests: Iterable[Request], *, per_step: int = 1000) -> dict[str, SequenceOutput]:

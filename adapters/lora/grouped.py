@@ -1,12 +1,14 @@
 """LoRA for a mixed batch with our Triton kernels: rows grouped by slot, weights where they lie in the arena.
 
-    y[n] += (x[n] A_s^T) B_s        s: the row's slot; slot 0 is the base
+    y[n] += w_s (x[n] A_s^T) B_s        for each slot s of the row, by digest; slot 0 is the base
+
+A row that has several slots takes part in as many rounds, one after another: within one, a row belongs to one tile.
 
 The table holds, for each module and slot, where A and B begin in the arena and their rank. It stays where it is, so
 that a CUDA graph may read it; only its contents change, between steps.
 """
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 
 import torch
 
@@ -36,21 +38,22 @@ class SlotLora:
         self.table[:, slot] = lines.to(self.table.device)
         self._holders[slot] = adapter
 
-    def batch(self, meta: LoraMeta, targets: Set[str], max_rank: int) -> "SlotLoraBatch":
+    def batch(self, rounds: Sequence[LoraMeta], targets: Set[str], max_rank: int) -> "SlotLoraBatch":
         """One forward's adapters: which rows go together, what any of them changes, and their largest rank."""
-        return SlotLoraBatch(self, meta, targets, max_rank)
+        return SlotLoraBatch(self, rounds, targets, max_rank)
 
 
 class SlotLoraBatch:
     """One forward's adapters; may be captured, the grouping's tensors then get new contents for each replay."""
 
-    def __init__(self, lora: SlotLora, meta: LoraMeta, targets: Set[str], max_rank: int) -> None:
-        self._lora, self._meta, self._targets, self._max_rank = lora, meta, targets, max_rank
+    def __init__(self, lora: SlotLora, rounds: Sequence[LoraMeta], targets: Set[str], max_rank: int) -> None:
+        self._lora, self._rounds, self._targets, self._max_rank = lora, rounds, targets, max_rank
 
     def add(self, y: torch.Tensor, x: torch.Tensor, key: ModuleKey) -> None:
-        """y [N, out] += each row's adapter applied to x [N, in], for module `key`; in place."""
+        """y [N, out] += each row's adapters applied to x [N, in], for module `key`; in place."""
         if key.target not in self._targets:
             return
         n, k = x.shape
         xa = torch.empty(splits(k), n, self._max_rank, dtype=torch.float32, device=x.device)
-        add_lora(y, x, self._lora.memory, self._lora.table[self._lora.modules[key]], self._meta, xa)
+        for meta in self._rounds:
+            add_lora(y, x, self._lora.memory, self._lora.table[self._lora.modules[key]], meta, xa)

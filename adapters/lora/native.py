@@ -1,9 +1,11 @@
-"""LoRA for a mixed batch with our CPU kernel: every row reads its own adapter's weights where they lie.
+"""LoRA for a mixed batch with our CPU kernel: every row reads its own adapters' weights where they lie.
 
-    y[n] += (x[n] A_n^T) B_n        A_n [r, in], B_n [r, out]; nothing is stacked, masked or padded
+    y[n] += w_a (x[n] A_a^T) B_a        for each adapter a of the row, A_a [r, in], B_a [r, out]; nothing is stacked,
+                                        masked or padded
 
-A batch holds, for each module, a line for every row that it changes: the row, the addresses of A and B, the rank;
-sorted by adapter. They change only when rows change hands, so the last batch is kept.
+A batch holds, for each module, a line for every row and adapter that changes it: the row, the addresses of A and B, the
+rank, the weight; sorted by digest, so that a row's adapters are added in the same order whoever else is in the batch.
+Lines change only when rows change hands, so the last batch is kept.
 """
 
 import weakref
@@ -11,7 +13,7 @@ from collections.abc import Sequence
 
 import torch
 
-from adapters.adapter import Adapter, ModuleKey
+from adapters.adapter import Adapter, Mix, ModuleKey
 from kernels.native import MAX_RANK, Native
 
 
@@ -19,12 +21,12 @@ class NativeLoraBatch:
     """One forward's adapters, as addresses."""
 
     def __init__(self, native: Native, lines: dict[ModuleKey, torch.Tensor]) -> None:
-        """lines: for each module, int64 [4, rows that it changes]: row, address of A, address of B, rank."""
+        """lines: for each module, int64 [5, lines]: row, address of A, address of B, rank, weight (bits of fp64)."""
         self._native, self._kept = native, lines
         self._lines = {key: (table.data_ptr(), table.shape[1]) for key, table in lines.items()}
 
     def add(self, y: torch.Tensor, x: torch.Tensor, key: ModuleKey) -> None:
-        """y [N, out] += each row's adapter applied to x [N, in], for module `key`; in place."""
+        """y [N, out] += each row's adapters applied to x [N, in], for module `key`; in place."""
         if (line := self._lines.get(key)) is not None:
             self._native.lora(x, y, *line)
 
@@ -35,27 +37,29 @@ class NativeLora:
     def __init__(self, native: Native) -> None:
         self._native = native
         self._addresses: dict[int, tuple[weakref.ref[Adapter], dict[ModuleKey, tuple[int, int, int]]]] = {}
-        self._last: tuple[list[Adapter | None], NativeLoraBatch | None] | None = None
+        self._last: tuple[list[Mix], NativeLoraBatch | None] | None = None
 
-    def batch(self, row_adapters: Sequence[Adapter | None], device: torch.device) -> NativeLoraBatch | None:
-        """The batch for rows with these adapters (None: the base); None when every row is the base's."""
+    def batch(self, mixes: Sequence[Mix], device: torch.device) -> NativeLoraBatch | None:
+        """The batch for rows with these adapters; None when every row is the base's."""
         del device  # the CPU
-        if self._last is not None and _same(self._last[0], row_adapters):
+        if self._last is not None and self._last[0] == list(mixes):
             return self._last[1]
-        distinct = list({id(adapter): adapter for adapter in row_adapters if adapter is not None}.values())
-        batch = self._build(row_adapters, distinct) if distinct else None
-        self._last = list(row_adapters), batch
+        distinct = sorted({adapter for mix in mixes for adapter, _ in mix}, key=lambda adapter: adapter.digest)
+        batch = self._build(mixes, distinct) if distinct else None
+        self._last = list(mixes), batch
         return batch
 
-    def _build(self, row_adapters: Sequence[Adapter | None], distinct: list[Adapter]) -> NativeLoraBatch:
-        index = {id(adapter): i for i, adapter in enumerate(distinct)}
-        owner = torch.tensor([-1 if a is None else index[id(a)] for a in row_adapters])  # [N]
-        rows = owner.argsort(stable=True)[int((owner < 0).sum()) :]  # of adapters, those of one together
+    def _build(self, mixes: Sequence[Mix], distinct: list[Adapter]) -> NativeLoraBatch:
+        index = {adapter: i for i, adapter in enumerate(distinct)}
+        order = sorted((index[adapter], row, weight) for row, mix in enumerate(mixes) for adapter, weight in mix)
+        owner, rows = (torch.tensor([line[i] for line in order]) for i in (0, 1))  # [lines]
+        weights = torch.tensor([weight for _, _, weight in order], dtype=torch.float64).view(torch.int64)
         modules = sorted({key for adapter in distinct for key in adapter.pairs})
         none = (0, 0, 0)
         found = [[held.get(key, none) for key in modules] for held in map(self._look_up, distinct)]
-        table = torch.tensor(found).permute(1, 2, 0)[:, :, owner[rows]]  # [modules, 3, rows]
-        lines = torch.cat([rows.expand(len(modules), 1, -1), table], 1)  # [modules, 4, rows]
+        table = torch.tensor(found).permute(1, 2, 0)[:, :, owner]  # [modules, 3, lines]
+        first, last = (part.expand(len(modules), 1, -1) for part in (rows, weights))
+        lines = torch.cat([first, table, last], 1)  # [modules, 5, lines]
         return NativeLoraBatch(
             self._native,
             {key: line[:, line[3] > 0].contiguous() for key, line in zip(modules, lines, strict=True)},
@@ -71,7 +75,3 @@ class NativeLora:
             self._addresses[number] = weakref.ref(adapter, lambda _: self._addresses.pop(number, None)), found
             return found
         return held[1]
-
-
-def _same(before: Sequence[Adapter | None], now: Sequence[Adapter | None]) -> bool:
-    return len(before) == len(now) and all(a is b for a, b in zip(before, now, strict=True))

@@ -2,8 +2,9 @@
 
     Y += ((X A^T) * M) B      X [N, in], A [R, in], B [R, out], Y [N, out], R = the sum of the adapters' ranks
 
-A and B stack the weights of all adapters of the batch by rank rows; M [N, R] keeps, for each row, only the columns of
-its own adapter, so a row's sum holds its own terms and exact zeros. A and B change only when the set of adapters does.
+A and B stack the weights of all adapters of the batch by rank rows; M [N, R] holds, for each row, the weights of its own
+adapters in their columns and 0 elsewhere, so a row's sum holds its own terms and exact zeros. A and B change only when
+the set of adapters does.
 """
 
 from collections import OrderedDict
@@ -12,9 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-from adapters.adapter import Adapter, ModuleKey
+from adapters.adapter import Adapter, Mix, ModuleKey
 
-BASE = -1
 _PACKS_KEPT = 4
 
 
@@ -50,30 +50,32 @@ class LoraPack:
 class LoraBatch:
     """One forward's adapters: a pack, and which of its adapters each row uses."""
 
-    def __init__(self, pack: LoraPack, row_adapter: torch.Tensor) -> None:
-        """row_adapter [N] int64: index into the pack, or BASE."""
+    def __init__(self, pack: LoraPack, weights: torch.Tensor) -> None:
+        """weights [N, adapters of the pack] fp32: 0 where the row doesn't use the adapter."""
         self._pack = pack
-        self._row_adapter = row_adapter
-        self._foreign: dict[tuple[int, ...], torch.Tensor] = {}  # by ranks: most modules share one
+        self._weights = weights
+        self._weighted = not bool(((weights == 0) | (weights == 1)).all())
+        self._masks: dict[tuple[int, ...], tuple[torch.Tensor, torch.Tensor]] = {}  # by ranks: most modules share one
 
     def add(self, y: torch.Tensor, x: torch.Tensor, key: ModuleKey) -> None:
-        """y [N, out] += each row's adapter applied to x [N, in], for module `key`; in place."""
+        """y [N, out] += each row's adapters applied to x [N, in], for module `key`; in place."""
         stack = self._pack.stacks.get(key)
         if stack is None:
             return
         xa = x @ stack.a_t  # [N, R]
         # Filled, not multiplied: a foreign adapter's product may be infinite, and 0 * inf is NaN.
-        xa.masked_fill_(self._foreign_columns(stack.ranks, x.device), 0)
+        mask, foreign = self._mask(stack.ranks, x.device)
+        xa.masked_fill_(foreign, 0)
+        if self._weighted:
+            xa *= mask  # in fp32, whatever the type of xa
         y.addmm_(xa, stack.b)
 
-    def _foreign_columns(self, ranks: tuple[int, ...], device: torch.device) -> torch.Tensor:
-        """[N, R] bool: the columns of other adapters than the row's own, where M is 0."""
-        if (foreign := self._foreign.get(ranks)) is None:
-            counts = torch.tensor(ranks, device=device)
-            owner = torch.repeat_interleave(torch.arange(len(ranks), device=device), counts)  # [R]
-            foreign = self._row_adapter[:, None] != owner[None, :]  # [N, R]
-            self._foreign[ranks] = foreign
-        return foreign
+    def _mask(self, ranks: tuple[int, ...], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """M [N, R] fp32, and where it is 0: the columns of other adapters than the row's own."""
+        if (found := self._masks.get(ranks)) is None:
+            mask = self._weights.repeat_interleave(torch.tensor(ranks, device=device), 1)
+            found = self._masks[ranks] = mask, mask == 0
+        return found
 
 
 class PackCache:
@@ -82,9 +84,9 @@ class PackCache:
     def __init__(self) -> None:
         self._packs: OrderedDict[tuple[str, ...], LoraPack] = OrderedDict()
 
-    def batch(self, row_adapters: Sequence[Adapter | None], device: torch.device) -> LoraBatch | None:
-        """The LoraBatch for rows with these adapters (None: the base); None when every row is the base's."""
-        distinct = {adapter.digest: adapter for adapter in row_adapters if adapter is not None}
+    def batch(self, mixes: Sequence[Mix], device: torch.device) -> LoraBatch | None:
+        """The LoraBatch for rows with these adapters; None when every row is the base's."""
+        distinct = {adapter.digest: adapter for mix in mixes for adapter, _ in mix}
         if not distinct:
             return None
         digests = tuple(sorted(distinct))
@@ -94,5 +96,8 @@ class PackCache:
         while len(self._packs) > _PACKS_KEPT:
             self._packs.popitem(last=False)
         index = {digest: i for i, digest in enumerate(digests)}
-        rows = [BASE if adapter is None else index[adapter.digest] for adapter in row_adapters]
-        return LoraBatch(pack, torch.tensor(rows, device=device))
+        rows = [[0.0] * len(digests) for _ in mixes]
+        for row, mix in zip(rows, mixes, strict=True):
+            for adapter, weight in mix:
+                row[index[adapter.digest]] = weight
+        return LoraBatch(pack, torch.tensor(rows, dtype=torch.float32, device=device))

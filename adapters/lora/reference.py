@@ -4,15 +4,16 @@ from collections.abc import Sequence
 
 import torch
 
-from adapters.adapter import Adapter, ModuleKey
+from adapters.adapter import Mix, ModuleKey
 
 
-def add_lora(y: torch.Tensor, x: torch.Tensor, key: ModuleKey, row_adapters: Sequence[Adapter | None]) -> None:
-    """y[n] += (x[n] A_n^T) B_n for every row n whose adapter changes module `key`; in place.
+def add_lora(y: torch.Tensor, x: torch.Tensor, key: ModuleKey, mixes: Sequence[Mix]) -> None:
+    """y[n] += w (x[n] A^T) B for every row n and each (adapter, w) of its mix that changes module `key`; in place.
 
-    y [N, out], x [N, in], row_adapters: N entries, None for the base.
+    y [N, out], x [N, in], mixes: N entries.
     """
-    for n, adapter in enumerate(row_adapters):
-        pair = adapter.pairs.get(key) if adapter is not None else None
-        if pair is not None:
-            y[n] += (x[n] @ pair.a.T) @ pair.b
+    for n, mix in enumerate(mixes):
+        for adapter, weight in mix:
+            pair = adapter.pairs.get(key)
+            if pair is not None:
+                y[n] += (weight * (x[n] @ pair.a.T)) @ pair.b

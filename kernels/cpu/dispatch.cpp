@@ -57,8 +57,8 @@ API int64_t chorus_panel(const Kernels* kernels) { return kernels->panel; }
 #define LORA(suffix, T) \
   EXPORT(lora_##suffix, \
          (SELF, const T* x, int64_t ldx, T* y, int64_t ldy, const int64_t* rows, const T* const* a, const T* const* b, \
-          const int64_t* ranks, int64_t M, int64_t K, int64_t N), \
-         (x, ldx, y, ldy, rows, a, b, ranks, M, K, N))
+          const int64_t* ranks, const double* weights, int64_t M, int64_t K, int64_t N), \
+         (x, ldx, y, ldy, rows, a, b, ranks, weights, M, K, N))
 
 PACK(f32, float)
 PACK(bf16, bf16)

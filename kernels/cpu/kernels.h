@@ -48,7 +48,7 @@ template <typename T>
 using Gelu = void (*)(T* x, int64_t n);
 template <typename T>
 using Lora = void (*)(const T* x, int64_t ldx, T* y, int64_t ldy, const int64_t* rows, const T* const* a,
-                      const T* const* b, const int64_t* ranks, int64_t M, int64_t K, int64_t N);
+                      const T* const* b, const int64_t* ranks, const double* weights, int64_t M, int64_t K, int64_t N);
 
 using Choose = void (*)(const float* raw, int64_t S, int64_t V, const float* penalty, const int64_t* seen,
                         const int64_t* seen_from, const float* temperature, const int64_t* top_k, const float* top_p,

@@ -1,6 +1,6 @@
-// y[n] += (x[n] A_n^T) B_n
-// Of M lines, each for a row of x and y: A_n [r, K], B_n [r, N]. Lines of one adapter stand together, so that its weights are
-// read from memory once; what is needed next is fetched ahead.
+// y[row_n] += w_n (x[row_n] A_n^T) B_n
+// Of M lines, in their order, each for a row of x and y: A_n [r, K], B_n [r, N]. A row may have several. Lines of one adapter
+// stand together, so that its weights are read from memory once; what is needed next is fetched ahead.
 
 static inline float dot(const float* x, const float* a, int64_t K) {
   vec s0{}, s1{}, s2{}, s3{};
@@ -31,7 +31,7 @@ static inline float dot(const bf16* x, const bf16* a, int64_t K) {
 
 template <typename T>
 static void lora(const T* x, int64_t ldx, T* y, int64_t ldy, const int64_t* rows, const T* const* a, const T* const* b,
-                 const int64_t* ranks, int64_t M, int64_t K, int64_t N) {
+                 const int64_t* ranks, const double* weights, int64_t M, int64_t K, int64_t N) {
   constexpr int64_t block = 4 * VL, ahead = 8 * block;
   static thread_local std::vector<float> kept;
   kept.resize(M * MAX_RANK);
@@ -46,7 +46,7 @@ static void lora(const T* x, int64_t ldx, T* y, int64_t ldy, const int64_t* rows
 #pragma omp for schedule(static) collapse(2)
     for (int64_t n = 0; n < M; n++)
       for (int64_t j = 0; j < most; j++)
-        if (j < ranks[n]) xa[n * MAX_RANK + j] = dot(x + rows[n] * ldx, a[n] + j * K, K);
+        if (j < ranks[n]) xa[n * MAX_RANK + j] = (float)weights[n] * dot(x + rows[n] * ldx, a[n] + j * K, K);
     for (int64_t n = 0; n < M; n++) {
       const float* weight = xa + n * MAX_RANK;
       const T* next = n + 1 < M ? b[n + 1] : b[n];

@@ -1,4 +1,4 @@
-"""LoRA per row, y[n] += (x[n] A_s^T) B_s with s the row's slot, over one arena of weights. Knows nothing of adapters.
+"""LoRA per row, y[n] += w_n (x[n] A_s^T) B_s with s the row's slot, over one arena of weights. Knows no adapters.
 
 Shrink makes xa = x A^T, expand adds xa B to y. Rows of one slot share tiles of up to TILE rows, so that an adapter's
 weights are read once a tile. Each tile goes over its own rank: nothing is padded to the largest one.
@@ -22,7 +22,7 @@ _BLOCK_K, _BLOCK_N = 128, 128
 
 @dataclass(frozen=True)
 class LoraMeta:
-    """Which rows go together. All [N] int32; `order` lists the rows by slot.
+    """Which rows go together, and their weights. All [N] int32, `weight` fp32; `order` lists the rows by slot.
 
     Tile t is the rows order[start : start + count] of one slot. Base rows get no tile; unused tiles have count 0.
 
@@ -38,15 +38,18 @@ class LoraMeta:
     tile_start: torch.Tensor
     tile_count: torch.Tensor
     tile_slot: torch.Tensor
+    weight: torch.Tensor  # by row
 
     @classmethod
     def of(cls, buffer: torch.Tensor) -> "LoraMeta":
-        """The parts of a [4, N] int32 buffer, or of its copy on the device, as views."""
-        return cls(*buffer.unbind(0))
+        """The parts of a [5, N] int32 buffer, or of its copy on the device, as views."""
+        *parts, weight = buffer.unbind(0)
+        return cls(*parts, weight.view(torch.float32))
 
 
-def write_meta(slots: Sequence[int], buffer: torch.Tensor, tile: int = TILE) -> None:
-    """Write the grouping of rows with these slots into `buffer` [4, N] int32 on the host, in LoraMeta's order.
+def write_meta(slots: Sequence[int], weights: Sequence[float], buffer: torch.Tensor, tile: int = TILE) -> None:
+    """Write the grouping of rows with these slots, and their weights, into `buffer` [5, N] int32 on the host, in
+    LoraMeta's order.
 
     Fewer slots than N: the rows that are left count as the base's.
     """
@@ -63,12 +66,13 @@ def write_meta(slots: Sequence[int], buffer: torch.Tensor, tile: int = TILE) -> 
     out[1, :total] = first[of_slot] + offset
     out[2, :total] = np.minimum(counts[of_slot] - offset, tile)
     out[3, :total] = used[of_slot]
+    out[4].view(np.float32)[: len(slots)] = weights
 
 
-def group_rows(slots: Sequence[int], tile: int = TILE) -> LoraMeta:
-    """The grouping of rows with these slots, on the host."""
-    buffer = torch.empty(4, len(slots), dtype=torch.int32)
-    write_meta(slots, buffer, tile)
+def group_rows(slots: Sequence[int], weights: Sequence[float] | None = None, tile: int = TILE) -> LoraMeta:
+    """The grouping of rows with these slots and weights (None: all 1), on the host."""
+    buffer = torch.empty(5, len(slots), dtype=torch.int32)
+    write_meta(slots, [1.0] * len(slots) if weights is None else weights, buffer, tile)
     return LoraMeta.of(buffer)
 
 
@@ -85,7 +89,7 @@ def splits(in_features: int) -> int:
 def add_lora(
     y: torch.Tensor, x: torch.Tensor, arena: torch.Tensor, table: torch.Tensor, meta: LoraMeta, xa: torch.Tensor
 ) -> None:
-    """y[n] += (x[n] A_s^T) B_s for each row n, s its slot; in place. Sums in fp32.
+    """y[n] += w_n (x[n] A_s^T) B_s for each row n, s its slot; in place. Sums in fp32.
 
     y [N, out] and x [N, in], rows contiguous; arena [elements]; all of one type: fp32, bf16 or fp16.
     table [slots, 3] int64: element offsets of A [r, in] and B [r, out] in the arena, multiples of 16 bytes, and the
@@ -110,7 +114,7 @@ def add_lora(
         PRECISION="ieee" if exact else "tf32", WIDEN=arena.device.type == "cpu",
     )  # fmt: skip
     _expand[tiles, triton.cdiv(out, _BLOCK_N)](
-        y, *where, y.stride(0), *strides, OUT=out, PARTS=parts, ALIGN=align, TILE=TILE, BLOCK_R=block_r,
+        y, *where, meta.weight, y.stride(0), *strides, OUT=out, PARTS=parts, ALIGN=align, TILE=TILE, BLOCK_R=block_r,
         BLOCK_N=_BLOCK_N, PRECISION="ieee" if exact else "tf32",
     )  # fmt: skip
 
@@ -155,11 +159,11 @@ def _shrink(
 @triton.jit
 def _expand(
     y: tl.tensor, arena: tl.tensor, table: tl.tensor, order: tl.tensor, tile_start: tl.tensor, tile_count: tl.tensor,
-    tile_slot: tl.tensor, xa: tl.tensor, y_stride: tl.tensor, part_stride: tl.tensor, row_stride: tl.tensor,
-    OUT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BLOCK_R: tl.constexpr,
+    tile_slot: tl.tensor, xa: tl.tensor, weight: tl.tensor, y_stride: tl.tensor, part_stride: tl.tensor,
+    row_stride: tl.tensor, OUT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y[order[start + i], n] += sum over r of (sum over parts of xa[part, start + i, r]) B[r, n].
+    """y[row, n] += sum over r of weight[row] (sum over parts of xa[part, start + i, r]) B[r, n], row = order[start + i].
 
     A program each for a tile and a block of n.
     """
@@ -176,6 +180,7 @@ def _expand(
     i = tl.arange(0, TILE)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = tl.load(order + start + i, mask=i < count, other=0).to(tl.int64)
+    weights = tl.load(weight + rows, mask=i < count, other=0.0)
     acc = tl.zeros((TILE, BLOCK_N), dtype=tl.float32)
     for r0 in range(0, rank, BLOCK_R):
         r = r0 + tl.arange(0, BLOCK_R)
@@ -186,6 +191,7 @@ def _expand(
             at += part_stride
             sums += tl.load(at, mask=mine, other=0.0)
         w = tl.load(b + r[:, None] * OUT + n[None, :], mask=(r < rank)[:, None] & (n < OUT)[None, :], other=0.0)
+        sums *= weights[:, None]
         # B is exact in tf32 if it has 16 bits, and the sums keep the range of fp32, and more bits than in bf16.
         acc = tl.dot(sums, w.to(tl.float32), acc, input_precision=PRECISION)
     at = y + rows[:, None] * y_stride + n[None, :]

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from fastapi import Request as HttpRequest
 from litserve.specs.base import LitSpec
 
-from adapters.adapter import AdapterManifest
+from adapters.adapter import AdapterManifest, alone
 from adapters.errors import AdapterError
 from adapters.store import AdapterStore
 from server.api.errors import ApiError, request_id_of
@@ -150,7 +150,8 @@ class ChorusSpec(LitSpec):
                 f"has {len(ids)} tokens; the model has {self.state.max_model_len} positions for prompt and output",
             )
         request = Request(
-            uuid.uuid4().hex, tuple(ids), params(room), adapter.ref if adapter else None, time.monotonic(), stream
+            uuid.uuid4().hex, tuple(ids), params(room), alone(adapter.ref if adapter else None), time.monotonic(),
+            stream,
         )
         return Generation(request, adapter, request_id_of(http, request.request_id))
 

@@ -5,10 +5,11 @@ works in a KV row of its own, on the base. Prompts are computed apart, after the
 """
 
 from collections.abc import Sequence as Seq
+from itertools import accumulate
 
 import torch
 
-from adapters.adapter import Adapter
+from adapters.adapter import Adapter, Mix
 from adapters.lora.grouped import SlotLora
 from adapters.residency import Residency
 from kernels.gpu.lora import LoraMeta, write_meta
@@ -46,13 +47,13 @@ class DeviceRunner:
     def warm_up(self) -> None:
         """Capture the base's steps and, for adapters of every projection, those of rank 16; compile the rest.
 
-        Other sets of projections and ranks are captured when they first run.
+        Other sets of projections and ranks, and composed adapters, are captured when they first run.
         """
         targets = frozenset(key.target for key in self._lora.modules)
         for size in reversed(self._buckets):
             self._write([], self._decode, size)
             self._decode.upload()
-            for shape in ((frozenset[str](), 0), (targets, _LEAST_RANK), *[(targets, 32)] * (size == 1)):
+            for shape in ((frozenset[str](), 0, 0), (targets, _LEAST_RANK, 1), *[(targets, 32, 1)] * (size == 1)):
                 self._run_decode(size, *shape)
         self._outputs.download()
 
@@ -66,9 +67,9 @@ class DeviceRunner:
             self._kv.fill(item.sequence.row, item.sequence.num_computed, item.num_new_tokens)
         if decoding:
             size = next(size for size in self._buckets if size >= len(decoding))
-            adapters = self._write(decoding, self._decode, size)
-            self._decode.upload()
-            self._run_decode(size, *_shape(adapters))
+            targets, max_rank, rounds = _shape(self._write(decoding, self._decode, size))
+            self._decode.upload(rounds)
+            self._run_decode(size, targets, max_rank, rounds)
         if prompts:
             self._run_prompts(prompts)
         count = sum(item.samples for item in prompts)
@@ -78,31 +79,32 @@ class DeviceRunner:
         kept = [*range(len(decoding)), *range(self._decode.capacity, self._decode.capacity + count)]
         return Sampled([tokens[i] for i in kept], [logprobs[i] for i in kept])
 
-    def _run_decode(self, size: int, targets: frozenset[str], max_rank: int) -> None:
-        inputs = self._decode.views(size, size)
+    def _run_decode(self, size: int, targets: frozenset[str], max_rank: int, rounds: int) -> None:
+        inputs = self._decode.views(size, size, rounds)
 
         def work() -> None:
             self._forward(inputs, size, (), targets, max_rank, 0)
 
-        self._graphs.run((size, targets, max_rank), work)
+        self._graphs.run((size, targets, max_rank, rounds), work)
 
     def _run_prompts(self, items: Seq[ScheduledSequence]) -> None:
         count, samples = sum(item.num_new_tokens for item in items), sum(item.samples for item in items)
-        adapters = self._write(items, self._prompts, count)
+        targets, max_rank, rounds = _shape(self._write(items, self._prompts, count))
         for item in items:
             sequence, row = item.sequence, item.sequence.row
             if not sequence.num_computed and sequence.request.sampling_params.repetition_penalty != 1.0:
                 assert row is not None
                 self._seen[row] = 0
                 self._seen[row, torch.tensor(sequence.request.prompt_token_ids, device=self._seen.device)] = 1
-        self._prompts.upload()
+        self._prompts.upload(rounds)
         chunks: list[PromptChunk] = []
         start = 0
         for item in items:
             assert item.sequence.row is not None
             chunks.append(PromptChunk(start, item.num_new_tokens, item.sequence.row, item.sequence.num_computed))
             start += item.num_new_tokens
-        self._forward(self._prompts.views(count, samples), 0, chunks, *_shape(adapters), self._decode.capacity)
+        inputs = self._prompts.views(count, samples, rounds)
+        self._forward(inputs, 0, chunks, targets, max_rank, self._decode.capacity)
 
     def _forward(
         self, inputs: DeviceInputs, num_decode: int, chunks: Seq[PromptChunk], targets: frozenset[str], max_rank: int,
@@ -112,7 +114,7 @@ class DeviceRunner:
         batch = ForwardBatch(
             inputs.token_ids, inputs.positions, inputs.rows, num_decode, None, 0, tuple(chunks), inputs.output_index
         )
-        lora = self._lora.batch(LoraMeta.of(inputs.meta), targets, max_rank) if targets else None
+        lora = self._lora.batch([LoraMeta.of(meta) for meta in inputs.meta], targets, max_rank) if targets else None
         logits = self._model.forward(batch, self._kv.k, self._kv.v, lora)  # [S, V]
         samples = len(inputs.output_index)
         if num_decode:  # each brings the token that was chosen for it last; before sampling, which may run again
@@ -124,41 +126,39 @@ class DeviceRunner:
                 self._outputs.tokens[first : first + samples], self._outputs.logprobs[first : first + samples],
             )  # fmt: skip
 
-    def _write(self, items: Seq[ScheduledSequence], inputs: StepInputs, size: int) -> list[Adapter]:
+    def _write(self, items: Seq[ScheduledSequence], inputs: StepInputs, size: int) -> list[Mix]:
         """Fill the host's arrays for `size` tokens; what is left over after the items is padding. Their adapters."""
-        host, vocab = inputs.host, self._model.config.vocab_size
-        slots, adapters = list[int](), dict[str, Adapter]()
-        at = sample = 0
-        for item in items:
-            sequence, count, first = item.sequence, item.num_new_tokens, item.sequence.num_computed
-            end = at + count
-            host["token_ids"][at:end] = [sequence.token_at(p) for p in range(first, first + count)]
-            host["positions"][at:end] = range(first, first + count)
-            host["rows"][at:end] = sequence.row
-            slot = 0
-            if sequence.digest is not None:
-                slot, adapters[sequence.digest] = self._adapter(sequence.digest)
-            slots += [slot] * count
-            at = end
-            if item.samples:
-                params = sequence.request.sampling_params
-                host["output_index"][sample] = end - 1
-                host["sample_rows"][sample] = sequence.row
-                host["top_k"][sample] = params.top_k or vocab
-                host["wanted"][sample] = params.logprobs
-                host["uniform"][sample] = uniform(params.seed, len(sequence.output_ids))
-                host["temperature"][sample] = max(params.temperature, COLDEST) if params.temperature else 0.0
-                host["top_p"][sample] = params.top_p
-                host["penalty"][sample] = params.repetition_penalty
-                sample += 1
-        for name, value in (("token_ids", 0), ("positions", 0), ("rows", self._padding_row)):
-            host[name][at:size] = value
-        padding = {"sample_rows": self._padding_row, "top_k": vocab, "wanted": 0, "uniform": 0.0, "temperature": 0.0}
-        for name, value in (padding | {"top_p": 1.0, "penalty": 1.0}).items():
-            host[name][sample:size] = value
-        host["output_index"][sample:size] = range(at, at + size - sample)
-        write_meta(slots, inputs.host_meta(size))
-        return list(adapters.values())
+        vocab, padding_row = self._model.config.vocab_size, self._padding_row
+        digests = dict.fromkeys(digest for item in items for digest in item.sequence.digests)
+        adapters = {digest: self._adapter(digest) for digest in digests}
+        tokens = [
+            (sequence := item.sequence, sequence.num_computed + i) for item in items for i in range(item.num_new_tokens)
+        ]
+        ends = accumulate(item.num_new_tokens for item in items)
+        sampled = [(end - 1, item.sequence) for end, item in zip(ends, items, strict=True) if item.samples]
+        params = [sequence.request.sampling_params for _, sequence in sampled]
+        columns: dict[str, tuple[list[float], float]] = {  # and what pads them
+            "token_ids": ([sequence.token_at(position) for sequence, position in tokens], 0),
+            "positions": ([position for _, position in tokens], 0),
+            "rows": ([sequence.row for sequence, _ in tokens], padding_row),
+            "output_index": ([*(index for index, _ in sampled), *range(len(tokens), size)], 0),
+            "sample_rows": ([sequence.row for _, sequence in sampled], padding_row),
+            "top_k": ([p.top_k or vocab for p in params], vocab),
+            "wanted": ([p.logprobs for p in params], 0),
+            "uniform": ([uniform(s.request.sampling_params.seed, len(s.output_ids)) for _, s in sampled], 0),
+            "temperature": ([max(p.temperature, COLDEST) if p.temperature else 0.0 for p in params], 0),
+            "top_p": ([p.top_p for p in params], 1),
+            "penalty": ([p.repetition_penalty for p in params], 1),
+        }
+        for name, (values, padding) in columns.items():
+            column = inputs.host[name]
+            column[: len(values)] = values
+            column[len(values) : size] = padding
+        for number in range(max((len(item.sequence.adapters) for item in items), default=0)):
+            turn = [s.adapters[number : number + 1] for s, _ in tokens]  # each token's adapter in this round, if any
+            slots = [adapters[each[0].ref.digest][0] if each else 0 for each in turn]
+            write_meta(slots, [each[0].weight if each else 0.0 for each in turn], inputs.host_meta(number, size))
+        return [tuple((adapters[each.ref.digest][1], each.weight) for each in i.sequence.adapters) for i in items]
 
     def _adapter(self, digest: str) -> tuple[int, Adapter]:
         slot, adapter = self._residency.slot(digest), self._residency.adapter(digest)
@@ -166,8 +166,11 @@ class DeviceRunner:
         return slot, adapter
 
 
-def _shape(adapters: Seq[Adapter]) -> tuple[frozenset[str], int]:
-    """What the launches depend on: the projections that any of them changes, and a bound of their ranks."""
+def _shape(mixes: Seq[Mix]) -> tuple[frozenset[str], int, int]:
+    """What the launches depend on: the projections that any adapter changes, a bound of their ranks, and how many one
+    row has at most."""
+    adapters = {adapter for mix in mixes for adapter, _ in mix}
     rank = max((adapter.max_rank for adapter in adapters), default=0)
     bound = max(_LEAST_RANK, 1 << (rank - 1).bit_length()) if rank else 0
-    return frozenset(target for adapter in adapters for target in adapter.targets), bound
+    targets = frozenset(target for adapter in adapters for target in adapter.targets)
+    return targets, bound, max(map(len, mixes), default=0)

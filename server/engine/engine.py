@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from adapters.adapter import check_composition
 from adapters.arena import Arena
 from adapters.residency import Residency
 from adapters.weights import load_adapter
@@ -55,13 +56,15 @@ class Engine:
         return bool(self._scheduler.running or self._scheduler.waiting)
 
     def add_request(self, request: Request) -> None:
-        """Queue a request. Raises ValueError for a prompt that is empty or does not fit; the edge checks first."""
+        """Queue a request. Raises ValueError for a prompt that is empty or does not fit, and for adapters that can't be
+        composed (`check_composition`); the edge checks first."""
         length = len(request.prompt_token_ids)
         if length < 1 or length + request.sampling_params.max_tokens > self.config.max_model_len:
             raise ValueError(
                 f"prompt of {length} tokens and max_tokens {request.sampling_params.max_tokens} "
                 f"don't fit into 1..{self.config.max_model_len} positions"
             )
+        check_composition(request.adapters)
         self._scheduler.add(Sequence(request))
 
     def abort(self, request_id: str) -> None:
@@ -189,4 +192,4 @@ def _output(sequence: Sequence) -> SequenceOutput:
 
 def _adapter_names(sequences: Iterable[Sequence]) -> tuple[str, ...]:
     """The distinct adapter names of some sequences, sorted."""
-    return tuple(sorted({s.request.adapter.name for s in sequences if s.request.adapter is not None}))
+    return tuple(sorted({each.ref.name for s in sequences for each in s.request.adapters}))

@@ -1,5 +1,7 @@
 """Whose turn it is: waiting sequences by adapter, and the tokens each adapter has had. Touches no tensor.
 
+Adapters that a request composes count as one of their own.
+
 A virtual token counter (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024): each adapter, the base
 being one, counts the tokens computed for it, and the one with the least goes next. What is different from the paper,
 and why, stands in docs/decisions/0005-fairness.md.
@@ -48,7 +50,7 @@ class FairQueue:
     """
 
     def __init__(self) -> None:
-        self._accounts: dict[str | None, _Account] = {}  # by digest: all that are active, and those in debt
+        self._accounts: dict[str | None, _Account] = {}  # by group: all that are active, and those in debt
         self._floor = 0.0  # what the last adapter that was let in had had; nobody who waits has had less
         self._clock = 0.0  # what an adapter would have had that took its equal share all along; at least the floor
         self._turn = 0
@@ -60,9 +62,9 @@ class FairQueue:
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence behind the others of its adapter."""
-        account = self._accounts.get(sequence.digest)
+        account = self._accounts.get(sequence.group)
         if account is None:
-            account = self._accounts[sequence.digest] = _Account()
+            account = self._accounts[sequence.group] = _Account()
         if not account.waiting:
             account.lift(self._entry())
             account.since = self._next_turn()
@@ -70,8 +72,8 @@ class FairQueue:
 
     def remove(self, sequence: Sequence) -> None:
         """Forget a sequence that waits."""
-        del self._accounts[sequence.digest].waiting[sequence.request_id]
-        self._forget_idle(sequence.digest)
+        del self._accounts[sequence.group].waiting[sequence.request_id]
+        self._forget_idle(sequence.group)
 
     def turns(self) -> Iterator[Sequence]:
         """The first sequence of each adapter, by turn.
@@ -79,19 +81,19 @@ class FairQueue:
         If the caller starts or removes it, the adapter's next one comes in its own turn; else the adapter is passed
         over until `turns` is called again.
         """
-        heap = [self._entry_of(digest) for digest, account in self._accounts.items() if account.waiting]
+        heap = [self._entry_of(group) for group, account in self._accounts.items() if account.waiting]
         heapq.heapify(heap)
         while heap:
-            _, _, digest = heapq.heappop(heap)
-            first = next(iter(self._accounts[digest].waiting.values()))
+            _, _, group = heapq.heappop(heap)
+            first = next(iter(self._accounts[group].waiting.values()))
             yield first
-            account = self._accounts.get(digest)
+            account = self._accounts.get(group)
             if account is not None and account.waiting and first.request_id not in account.waiting:
-                heapq.heappush(heap, self._entry_of(digest))
+                heapq.heappush(heap, self._entry_of(group))
 
     def start(self, sequence: Sequence) -> None:
         """A waiting sequence gets a row: sets its `turn`, and counts its prompt as promised."""
-        account = self._accounts[sequence.digest]
+        account = self._accounts[sequence.group]
         del account.waiting[sequence.request_id]
         sequence.turn = account.level(self._floor)
         account.lift(sequence.turn)
@@ -105,7 +107,7 @@ class FairQueue:
         """Count what was computed in a step; before the sequences' own `num_computed` moves on."""
         total = 0
         for item in batch.items:
-            account = self._accounts[item.sequence.digest]
+            account = self._accounts[item.sequence.group]
             cost = item.num_new_tokens * (PROMPT_WEIGHT if item.prefill else DECODE_WEIGHT)
             account.served += cost
             if item.prefill:
@@ -115,10 +117,10 @@ class FairQueue:
 
     def end(self, sequence: Sequence) -> None:
         """A running sequence ended: what is left of its prompt will not be computed."""
-        account = self._accounts[sequence.digest]
+        account = self._accounts[sequence.group]
         account.running -= 1
         account.promised -= PROMPT_WEIGHT * sequence.num_prompt_left
-        self._forget_idle(sequence.digest)
+        self._forget_idle(sequence.group)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when something is still counted while nothing waits or runs."""
@@ -129,17 +131,17 @@ class FairQueue:
         levels = [account.level(self._floor) for account in self._accounts.values() if account.waiting]
         return min(self._clock, max(levels, default=self._clock))
 
-    def _entry_of(self, digest: str | None) -> tuple[float, int, str | None]:
-        account = self._accounts[digest]
-        return account.level(self._floor), account.since, digest  # `since` is distinct: digests are never compared
+    def _entry_of(self, group: str | None) -> tuple[float, int, str | None]:
+        account = self._accounts[group]
+        return account.level(self._floor), account.since, group  # `since` is distinct: groups are never compared
 
     def _next_turn(self) -> int:
         self._turn += 1
         return self._turn
 
-    def _forget_idle(self, digest: str | None) -> None:
+    def _forget_idle(self, group: str | None) -> None:
         """If this adapter became idle, forget all idle ones but those that have had more than an equal share."""
-        if self._accounts[digest].active:
+        if self._accounts[group].active:
             return
         if not any(account.active for account in self._accounts.values()):
             self._accounts.clear()

@@ -5,13 +5,13 @@ from typing import Protocol
 
 import torch
 
-from adapters.adapter import Adapter
+from adapters.adapter import Mix
 from adapters.lora.native import NativeLora
 from adapters.lora.packed import PackCache
 from adapters.residency import Residency
 from server.engine.kv_cache import KVCache
 from server.engine.sampler import Sampled, SamplingRow, sample
-from server.engine.types import Batch, ScheduledSequence
+from server.engine.types import Batch, Sequence
 from server.model.gpt2 import GPT2, ForwardBatch, PromptChunk
 
 
@@ -35,8 +35,10 @@ class ModelRunner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Sampled:
         """Compute the batch's tokens and choose the next one of each sequence that is ready for it."""
-        adapters = [self._adapter(item) for item in batch.items for _ in range(item.num_new_tokens)]
-        lora = self._lora.batch(adapters, self._device)
+        mixes: list[Mix] = []
+        for item in batch.items:
+            mixes += [self._mix(item.sequence)] * item.num_new_tokens
+        lora = self._lora.batch(mixes, self._device)
         inputs = forward_batch(batch, self._device)
         for item in batch.items:
             if item.sequence.row is not None:
@@ -53,9 +55,8 @@ class ModelRunner:
             rows.append(SamplingRow(request.sampling_params, seen, len(sequence.output_ids)))
         return sample(logits, rows, self._model.backend.native)
 
-    def _adapter(self, item: ScheduledSequence) -> Adapter | None:
-        ref = item.sequence.request.adapter
-        return None if ref is None else self._residency.adapter(ref.digest)
+    def _mix(self, sequence: Sequence) -> Mix:
+        return tuple((self._residency.adapter(each.ref.digest), each.weight) for each in sequence.adapters)
 
 
 def forward_batch(batch: Batch, device: torch.device) -> ForwardBatch:

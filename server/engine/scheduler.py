@@ -6,6 +6,7 @@ served within each, so that a flood for one adapter can't starve another. Rows a
 
 from collections.abc import Sequence as Seq
 
+from adapters.errors import AdapterRefused
 from adapters.residency import AdapterStatus, Residency
 from server.engine.config import EngineConfig
 from server.engine.fairness import FairQueue
@@ -65,9 +66,7 @@ class Scheduler:
             item.sequence.num_computed += item.num_new_tokens
         for sequence, token, logprob in zip(batch.sampled, token_ids, logprobs, strict=True):
             if token == DIVERGED:
-                adapter = sequence.request.adapter
-                who = "the base" if adapter is None else f"adapter {adapter.name!r}"
-                sequence.error = f"{who} gave logits that are not finite: its weights may be too large"
+                sequence.error = f"{_who(sequence)} gave logits that are not finite: its weights may be too large"
                 sequence.error_kind = ErrorKind.GENERATION
                 self.finish(sequence, FinishReason.ERROR)
                 continue
@@ -91,8 +90,7 @@ class Scheduler:
         self.rows.free(sequence.row)
         sequence.row = None
         self._queue.end(sequence)
-        if sequence.digest is not None:
-            self._residency.unpin(sequence.digest)
+        self._residency.unpin(*sequence.digests)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when a row is lost or an adapter still counted; called when nothing waits or runs."""
@@ -100,7 +98,7 @@ class Scheduler:
         self._queue.check_integrity()
 
     def _admit(self) -> list[Sequence]:
-        """Give free rows to waiting sequences whose adapter is ready; start loading the adapters of the next ones.
+        """Give free rows to waiting sequences whose adapters are ready; start loading the adapters of the next ones.
 
         Only the next `max_batch_size` adapters in turn start loads; while rows are free, all others may run if they
         are ready, but while an adapter starves for room nobody behind it takes a turn on another one, or those that
@@ -111,40 +109,39 @@ class Scheduler:
         held = False
         for sequence in self._queue.turns():
             if len(next_ones) < self._config.max_batch_size:
-                next_ones.add(sequence.digest)
+                next_ones.add(sequence.group)
             elif not self.rows.num_free:
                 break
-            status = self._adapter_status(sequence, may_load=sequence.digest in next_ones)
+            status = self._adapter_status(sequence, may_load=sequence.group in next_ones)
             if status in (AdapterStatus.REFUSED, AdapterStatus.FAILED):
-                self._fail(sequence, status)
+                self._fail(sequence)
                 failed.append(sequence)
             elif status is AdapterStatus.READY:
-                if self.rows.num_free and (sequence.digest is None or not held):
+                if self.rows.num_free and not (held and sequence.digests):
                     self._start(sequence)
-            elif sequence.digest is not None and self._residency.starving(sequence.digest):
+            elif self._residency.starving(*sequence.digests):
                 held = True
         return failed
 
     def _adapter_status(self, sequence: Sequence, may_load: bool) -> AdapterStatus:
-        """Where a sequence's adapter stands, having asked for it; ABSENT where it is not ready and may not load."""
-        adapter = sequence.request.adapter
-        if adapter is None:
+        """Where a sequence's adapters stand, having asked for them; ABSENT where one is not ready and may not load."""
+        if not sequence.adapters:
             return AdapterStatus.READY
-        if may_load or self._residency.status(adapter.digest) is AdapterStatus.READY:
-            return self._residency.prefetch(adapter)
+        ready = all(self._residency.status(digest) is AdapterStatus.READY for digest in sequence.digests)
+        if may_load or ready:
+            return self._residency.prefetch(*(each.ref for each in sequence.adapters))
         return AdapterStatus.ABSENT
 
-    def _fail(self, sequence: Sequence, status: AdapterStatus) -> None:
-        assert sequence.digest is not None
-        refused = status is AdapterStatus.REFUSED
-        sequence.error = str(self._residency.error(sequence.digest))
+    def _fail(self, sequence: Sequence) -> None:
+        error = self._residency.error(*sequence.digests)
+        refused = isinstance(error, AdapterRefused)
+        sequence.error = str(error)
         sequence.error_kind = ErrorKind.ADAPTER_REFUSED if refused else ErrorKind.ADAPTER_UNAVAILABLE
         self.finish(sequence, FinishReason.ERROR)
 
     def _start(self, sequence: Sequence) -> None:
         self._queue.start(sequence)
-        if sequence.digest is not None:
-            self._residency.pin(sequence.digest)
+        self._residency.pin(*sequence.digests)
         sequence.row = self.rows.allocate()
         self.running[sequence.request_id] = sequence
 
@@ -169,6 +166,11 @@ class Scheduler:
         start = max(0, len(output) - max(map(len, stops)) + 1)
         output += self._vocab[token]
         return min((i for i in (output.find(stop, start) for stop in stops) if i >= 0), default=None)
+
+
+def _who(sequence: Sequence) -> str:
+    names = " + ".join(repr(each.ref.name) for each in sequence.adapters)
+    return f"adapter {names}" if names else "the base"
 
 
 def _row(sequence: Sequence) -> int:

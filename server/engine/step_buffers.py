@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from adapters.adapter import MAX_COMPOSED
+
 _INPUTS = {
     "token_ids": torch.int64,  # by token
     "positions": torch.int64,  # by token
@@ -20,12 +22,8 @@ _INPUTS = {
     "temperature": torch.float32,
     "top_p": torch.float32,
     "penalty": torch.float32,
-    "order": torch.int32,  # the four of LoraMeta, by token
-    "tile_start": torch.int32,
-    "tile_count": torch.int32,
-    "tile_slot": torch.int32,
 }
-_META = ("order", "tile_start", "tile_count", "tile_slot")
+_META = 5  # of LoraMeta, by token
 _OUTPUTS = {"tokens": torch.int64, "logprobs": torch.float32}
 
 
@@ -44,22 +42,22 @@ class DeviceInputs:
     temperature: torch.Tensor
     top_p: torch.Tensor
     penalty: torch.Tensor
-    meta: torch.Tensor  # [4, N]
+    meta: torch.Tensor  # [rounds, 5, N]
 
 
 class _Mirrored:
-    """Fields of one capacity, side by side in a host buffer (pinned for a GPU) and in one on the device."""
+    """Fields side by side in a host buffer (pinned for a GPU) and in one on the device."""
 
-    def __init__(self, fields: dict[str, torch.dtype], capacity: int, device: torch.device) -> None:
-        # Wider types come first, so that all are aligned.
-        size = capacity * sum(dtype.itemsize for dtype in fields.values())
+    def __init__(self, fields: dict[str, tuple[torch.dtype, int]], device: torch.device) -> None:
+        """fields: type and length of each. Wider types come first, so that all are aligned."""
+        size = sum(dtype.itemsize * count for dtype, count in fields.values())
         self.host_bytes = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self.device_bytes = torch.zeros(size, dtype=torch.uint8, device=device)
         self.host, self.device = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
         self.where: dict[str, int] = {}
         start = 0
-        for name, dtype in fields.items():
-            end = start + capacity * dtype.itemsize
+        for name, (dtype, count) in fields.items():
+            end = start + count * dtype.itemsize
             self.host[name] = self.host_bytes[start:end].view(dtype)
             self.device[name] = self.device_bytes[start:end].view(dtype)
             self.where[name], start = start, end
@@ -70,38 +68,39 @@ class StepInputs:
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.capacity = capacity
-        self._parts = _Mirrored(_INPUTS, capacity, device)
-        self.host: dict[str, np.ndarray] = {name: part.numpy() for name, part in self._parts.host.items()}
-        start = self._parts.where["order"]
+        fields = {name: (dtype, capacity) for name, dtype in _INPUTS.items()}
+        meta = {"meta": (torch.int32, MAX_COMPOSED * _META * capacity)}  # last: seldom more than one round is uploaded
+        self._parts = _Mirrored(fields | meta, device)
+        self.host: dict[str, np.ndarray] = {name: self._parts.host[name].numpy() for name in _INPUTS}
         self._host_meta, self._device_meta = (
-            part[start:].view(torch.int32).view(4, capacity)
-            for part in (self._parts.host_bytes, self._parts.device_bytes)
+            part["meta"].view(MAX_COMPOSED, _META, capacity) for part in (self._parts.host, self._parts.device)
         )
 
-    def host_meta(self, tokens: int) -> torch.Tensor:
-        """[4, tokens] int32 on the host, to be written."""
-        return self._host_meta[:, :tokens]
+    def host_meta(self, number: int, tokens: int) -> torch.Tensor:
+        """[5, tokens] int32 on the host, to be written: round `number`'s."""
+        return self._host_meta[number, :, :tokens]
 
-    def upload(self) -> None:
-        """One copy, ahead of what is launched next."""
-        self._parts.device_bytes.copy_(self._parts.host_bytes, non_blocking=True)
+    def upload(self, rounds: int = MAX_COMPOSED) -> None:
+        """One copy, ahead of what is launched next; only so many rounds' meta."""
+        end = self._parts.where["meta"] + rounds * self._host_meta[0].nbytes
+        self._parts.device_bytes[:end].copy_(self._parts.host_bytes[:end], non_blocking=True)
 
-    def views(self, tokens: int, samples: int) -> DeviceInputs:
+    def views(self, tokens: int, samples: int, rounds: int) -> DeviceInputs:
         """The first so many of each on the device."""
         by_token = {"token_ids", "positions", "rows"}
         fields = {
             name: part[: tokens if name in by_token else samples]
             for name, part in self._parts.device.items()
-            if name not in _META
+            if name in _INPUTS
         }
-        return DeviceInputs(**fields, meta=self._device_meta[:, :tokens])
+        return DeviceInputs(**fields, meta=self._device_meta[:rounds, :, :tokens])
 
 
 class StepOutputs:
     """Tokens and log-probabilities of one step."""
 
     def __init__(self, capacity: int, device: torch.device) -> None:
-        self._parts = _Mirrored(_OUTPUTS, capacity, device)
+        self._parts = _Mirrored({name: (dtype, capacity) for name, dtype in _OUTPUTS.items()}, device)
         self.tokens, self.logprobs = self._parts.device["tokens"], self._parts.device["logprobs"]
 
     def download(self) -> tuple[list[int], list[float]]:

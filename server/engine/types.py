@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import cached_property
 
-from adapters.adapter import AdapterRef
+from adapters.adapter import WeightedAdapter
 
 DIVERGED = -1
 """Stands for a token where the logits were not finite."""
@@ -50,7 +51,7 @@ class Request:
     request_id: str
     prompt_token_ids: tuple[int, ...]  # not empty
     sampling_params: SamplingParams
-    adapter: AdapterRef | None = None  # None is the base
+    adapters: tuple[WeightedAdapter, ...] = ()  # in any order, each digest once; none is the base
     arrival_time: float = 0.0  # time.monotonic() at the edge
     stream: bool = False  # an output per token, or one at the end
 
@@ -127,10 +128,20 @@ class Sequence:
         """The request's id."""
         return self.request.request_id
 
-    @property
-    def digest(self) -> str | None:
-        """Its adapter; None is the base."""
-        return None if self.request.adapter is None else self.request.adapter.digest
+    @cached_property
+    def adapters(self) -> tuple[WeightedAdapter, ...]:
+        """Its adapters by ascending digest, the order in which they are applied."""
+        return tuple(sorted(self.request.adapters, key=lambda each: each.ref.digest))
+
+    @cached_property
+    def digests(self) -> tuple[str, ...]:
+        """Of its adapters, ascending; none is the base."""
+        return tuple(each.ref.digest for each in self.adapters)
+
+    @cached_property
+    def group(self) -> str | None:
+        """Whose turn it waits for: its digests, joined, whatever the weights; None is the base."""
+        return "+".join(self.digests) or None
 
     @property
     def num_tokens(self) -> int:

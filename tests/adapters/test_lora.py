@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from adapters.adapter import Adapter, LoraPair, ModuleKey
+from adapters.adapter import Adapter, LoraPair, Mix, ModuleKey
 from adapters.lora.packed import LoraPack, PackCache
 from adapters.lora.reference import add_lora
 
@@ -23,7 +23,12 @@ def make(name: str, rank: int, keys: list[ModuleKey], dtype: torch.dtype = torch
     return Adapter(name, {key: LoraPair(weight(KEYS[key][0]), weight(KEYS[key][1])) for key in keys})
 
 
-def both(rows: list[Adapter | None], key: ModuleKey, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def mix(*adapters: Adapter) -> Mix:
+    """A row with these, weights 1; none is the base."""
+    return tuple((adapter, 1.0) for adapter in adapters)
+
+
+def both(rows: list[Mix], key: ModuleKey, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """(packed, reference) of the same random x and y."""
     generator = torch.Generator().manual_seed(len(rows))
     x = torch.randn(len(rows), KEYS[key][0], generator=generator).to(dtype)
@@ -32,11 +37,11 @@ def both(rows: list[Adapter | None], key: ModuleKey, dtype: torch.dtype) -> tupl
     if (batch := PackCache().batch(rows, CPU)) is not None:
         batch.add(packed, x, key)
     in_fp32 = {
-        id(a): Adapter(a.digest, {k: LoraPair(p.a.float(), p.b.float()) for k, p in a.pairs.items()})
-        for a in rows
-        if a is not None
+        a: Adapter(a.digest, {k: LoraPair(p.a.float(), p.b.float()) for k, p in a.pairs.items()})
+        for row in rows
+        for a, _ in row
     }
-    add_lora(reference, x.float(), key, [None if a is None else in_fp32[id(a)] for a in rows])
+    add_lora(reference, x.float(), key, [tuple((in_fp32[a], weight) for a, weight in row) for row in rows])
     return packed.float(), reference
 
 
@@ -51,7 +56,7 @@ def assert_close(packed: torch.Tensor, reference: torch.Tensor, dtype: torch.dty
 def test_one_adapter(dtype: torch.dtype, rank: int, rows: int) -> None:
     adapter = make("a", rank, list(KEYS), dtype, size=rank**-0.5)
     for key in KEYS:
-        assert_close(*both([adapter] * rows, key, dtype), dtype)
+        assert_close(*both([mix(adapter)] * rows, key, dtype), dtype)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -63,12 +68,16 @@ def test_one_adapter(dtype: torch.dtype, rank: int, rows: int) -> None:
         min_size=1,
         max_size=6,
     ),
-    choice=st.lists(st.integers(-1, 5), min_size=1, max_size=40),
+    choice=st.lists(
+        st.dictionaries(st.integers(0, 5), st.sampled_from([1.0, 0.5, -0.3, 2.0]), max_size=3), min_size=1, max_size=40
+    ),
     dtype=st.sampled_from(list(TOLERANCE)),
 )
-def test_any_mix(adapters: list[tuple[int, list[ModuleKey]]], choice: list[int], dtype: torch.dtype) -> None:
+def test_any_mix(
+    adapters: list[tuple[int, list[ModuleKey]]], choice: list[dict[int, float]], dtype: torch.dtype
+) -> None:
     made = [make(f"a{i}", rank, keys, dtype, size=rank**-0.5) for i, (rank, keys) in enumerate(adapters)]
-    rows = [None if i < 0 else made[i % len(made)] for i in choice]
+    rows = [tuple((made[i], weight) for i, weight in sorted(row.items()) if i < len(made)) for row in choice]
     for key in KEYS:
         packed, reference = both(rows, key, dtype)
         assert_close(packed, reference, dtype)
@@ -79,7 +88,7 @@ def test_a_row_without_the_module_is_not_touched() -> None:
     partial, full = make("partial", 4, [other]), make("full", 4, [key, other])
     x, y = torch.randn(4, KEYS[key][0]), torch.randn(4, KEYS[key][1])
     after = y.clone()
-    batch = PackCache().batch([None, partial, full, None], CPU)
+    batch = PackCache().batch([(), mix(partial), mix(full), ()], CPU)
     assert batch is not None
     batch.add(after, x, key)
     assert torch.equal(after[[0, 1, 3]], y[[0, 1, 3]]), "exact zeros are added to these"
@@ -95,8 +104,8 @@ def test_a_row_does_not_depend_on_the_others() -> None:
     x = torch.randn(3, KEYS[key][0])
     mixed, alone = torch.zeros(3, KEYS[key][1]), torch.zeros(1, KEYS[key][1])
     cache = PackCache()
-    cache.batch([a, b, None], CPU).add(mixed, x, key)
-    cache.batch([b], CPU).add(alone, x[1:2], key)
+    cache.batch([mix(a), mix(b), ()], CPU).add(mixed, x, key)
+    cache.batch([mix(b)], CPU).add(alone, x[1:2], key)
     torch.testing.assert_close(mixed[1:2], alone)
 
 
@@ -109,15 +118,15 @@ def test_an_adapter_that_overflows_harms_its_own_row_only(weight: float) -> None
     wild = Adapter("wild", {key: LoraPair(torch.full((2, n_in), weight), torch.full((2, n_out), weight))})
     x, y = 10 + torch.randn(3, n_in), torch.zeros(3, n_out)
     expected = torch.zeros(3, n_out)
-    add_lora(expected, x, key, [good, None, None])
-    PackCache().batch([good, None, wild], CPU).add(y, x, key)
+    add_lora(expected, x, key, [mix(good), (), ()])
+    PackCache().batch([mix(good), (), mix(wild)], CPU).add(y, x, key)
     assert not y[2].isfinite().any(), "a vain test: nothing overflows"
     # Terms of about 10 times their sum, in another order; what is guarded against is NaN.
     torch.testing.assert_close(y[:2], expected[:2], rtol=1e-5, atol=1e-4)
 
 
 def test_a_batch_of_the_base_needs_no_pack() -> None:
-    assert PackCache().batch([None, None], CPU) is None
+    assert PackCache().batch([(), ()], CPU) is None
     assert PackCache().batch([], CPU) is None
 
 
@@ -130,11 +139,12 @@ def test_a_pack_is_built_once_for_a_set_of_adapters(monkeypatch: pytest.MonkeyPa
     key = next(iter(KEYS))
     a, b, c = (make(name, 2, [key]) for name in "abc")
     cache = PackCache()
-    for rows in ([a, b], [b, a, None], [None, b, b, a], [a], [a, b]):
-        cache.batch(rows, CPU)
+    for rows in ([a, b], [b, a], [b, b, a], [a], [a, b]):
+        cache.batch([(), *map(mix, rows)], CPU)
+    cache.batch([mix(a, b)], CPU)
     assert built == [("a", "b"), ("a",)], "order and repetition don't matter"
     for rows in ([b], [c], [a, c], [b, c], [a, b]):
-        cache.batch(rows, CPU)
+        cache.batch([mix(a) for a in rows], CPU)
     assert built[-1] == ("a", "b"), "only the last few packs are kept"
 
 
@@ -144,6 +154,6 @@ def test_a_pack_follows_the_content_not_the_object() -> None:
     first, again = make("a", 2, [key]), make("a", 2, [key])
     x = torch.randn(2, KEYS[key][0])
     y, expected = torch.zeros(2, KEYS[key][1]), torch.zeros(2, KEYS[key][1])
-    PackCache().batch([first, again], CPU).add(y, x, key)
-    add_lora(expected, x, key, [first, first])
+    PackCache().batch([mix(first), mix(again)], CPU).add(y, x, key)
+    add_lora(expected, x, key, [mix(first)] * 2)
     torch.testing.assert_close(y, expected)

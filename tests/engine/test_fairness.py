@@ -25,7 +25,7 @@ def step(toy: Toy) -> Counter[str]:
     for batch in toy.runner.batches[batches:]:
         for item in batch.items:
             weight = PROMPT_WEIGHT if item.prefill else DECODE_WEIGHT
-            served[item.sequence.digest or "base"] += weight * item.num_new_tokens
+            served[item.sequence.group or "base"] += weight * item.num_new_tokens
     return served
 
 
@@ -71,7 +71,7 @@ def test_adapters_that_always_have_work_get_the_same_service_whatever_their_requ
     added = 0
     try:
         for _ in range(200):
-            waiting = Counter(s.digest for s in toy.engine._scheduler.waiting)
+            waiting = Counter(s.group for s in toy.engine._scheduler.waiting)
             for i, (prompt, max_tokens) in enumerate(shapes):
                 for _ in range(rows + 1 - waiting[f"a{i}"]):
                     toy.add(f"{added}", f"a{i}", prompt=prompt, max_tokens=max_tokens, ignore_eos=True)
@@ -113,7 +113,7 @@ def test_a_new_adapter_begins_no_higher_than_the_others_that_wait(toys: Toys) ->
         toy.add(f"stays{i}", "stays", prompt=4, max_tokens=8)
     for name in names:
         toy.add(name, name, prompt=4, max_tokens=8)
-    while {s.digest for s in toy.engine._scheduler.waiting} != {"stays"}:
+    while {s.group for s in toy.engine._scheduler.waiting} != {"stays"}:
         step(toy)
     for i in range(50):
         toy.add(f"new{i}", "new", prompt=4, max_tokens=8)
@@ -179,7 +179,7 @@ def test_new_adapters_without_end_starve_no_old_one_and_are_forgotten(toys: Toys
     count = fresh + rows + 1
     bound = rows * cost(12, 20) * count / rows + count * (3 + 4)
     for _ in range(1500):
-        waiting = {s.digest for s in toy.engine._scheduler.waiting} - {"old"}
+        waiting = {s.group for s in toy.engine._scheduler.waiting} - {"old"}
         for _ in range(fresh - len(waiting)):
             toy.add(f"new{added}", f"new{added}", prompt=3, max_tokens=4)
             added += 1

@@ -90,8 +90,8 @@ class Lives(RuleBasedStateMachine):
         scheduler, config = self.toy.engine._scheduler, self.toy.engine.config
         queue = scheduler._queue
         spread = config.max_batch_size * config.max_model_len * DECODE_WEIGHT
-        for digest, account in queue._accounts.items():
-            running = [s for s in scheduler.running.values() if s.digest == digest]
+        for group, account in queue._accounts.items():
+            running = [s for s in scheduler.running.values() if s.group == group]
             assert account.running == len(running)
             assert account.promised == sum(s.num_prompt_left for s in running)
             assert account.level(queue._floor) <= queue._floor + spread

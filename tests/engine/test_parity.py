@@ -167,7 +167,7 @@ def test_a_request_gives_the_same_tokens_alone_and_in_any_mix(zoo: tuple[Path, d
     excused = 0
     for item in requests:
         alone = run(engine, [item])[item.request_id].token_ids
-        model = models[item.adapter.digest if item.adapter else ""]
+        model = models[item.adapters[0].ref.digest if item.adapters else ""]
         if item.sampling_params.temperature == 0:
             excused += assert_same_tokens(
                 model, item.prompt_token_ids, mixed[item.request_id].token_ids, alone, item.request_id

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from adapters.adapter import Adapter, AdapterRef, LoraPair, ModuleKey
+from adapters.adapter import Adapter, AdapterRef, LoraPair, ModuleKey, WeightedAdapter
 from adapters.arena import Arena
 from adapters.residency import Residency
 from server.engine.config import EngineConfig
@@ -72,7 +72,9 @@ class Toy:
         return toy_adapter(ref.digest)
 
     def add(self, name: str, adapter: str | None = None, prompt: int = 3, **fields: object) -> None:
-        self.engine.add_request(request(name, [1] * prompt, ref(adapter) if adapter else None, **fields))
+        """`adapter`: one, or several joined by "+"."""
+        adapters = tuple(WeightedAdapter(ref(each), 0.5) for each in (adapter or "").split("+") if each)
+        self.engine.add_request(request(name, [1] * prompt, adapters, **fields))
 
     def preload(self, *digests: str) -> None:
         for digest in digests:

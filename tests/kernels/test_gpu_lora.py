@@ -60,16 +60,22 @@ def on_device(meta: "lora.LoraMeta") -> "lora.LoraMeta":
     return lora.LoraMeta(*(part.to(DEVICE) for part in vars(meta).values()))
 
 
-def check(slots: list[int], ranks: Sequence[int], k: int, n: int, dtype: torch.dtype, max_rank: int) -> None:
+def check(
+    slots: list[int], ranks: Sequence[int], k: int, n: int, dtype: torch.dtype, max_rank: int,
+    weights: Sequence[float] = (1.0,),
+) -> None:  # fmt: skip
+    """`weights`: of the rows, in turn."""
+    weights = [weights[i % len(weights)] for i in range(len(slots))]
     pairs = make_pairs(ranks, k, n, dtype)
     arena, table = make_arena(pairs, dtype)
     x, y = torch.randn(len(slots), k).to(dtype), torch.randn(len(slots), n).to(dtype)
     expected = y.float().clone()
     adapters = [p and Adapter("digest", {KEY: LoraPair(p[0].float(), p[1].float())}) for p in pairs]
-    reference.add_lora(expected, x.float(), KEY, [adapters[s] for s in slots])
+    mixes = [((adapter, w),) if (adapter := adapters[s]) else () for s, w in zip(slots, weights, strict=True)]
+    reference.add_lora(expected, x.float(), KEY, mixes)
     wide = torch.full((len(slots), n + 5), 7.0, dtype=dtype, device=DEVICE)  # y is a part of something wider
     wide[:, :n] = y.to(DEVICE)
-    meta = on_device(lora.group_rows(slots))
+    meta = on_device(lora.group_rows(slots, weights))
     lora.add_lora(wide[:, :n], x.to(DEVICE), arena, table, meta, scratch(len(slots), k, max_rank))
     torch.testing.assert_close(wide[:, :n].cpu(), expected.to(dtype), **CLOSE[dtype])
     untouched = [i for i, s in enumerate(slots) if pairs[s] is None]
@@ -97,6 +103,13 @@ POPULARITIES = ("one", "distinct", "skewed", "with base", "base")
 def test_lora(dtype: torch.dtype, popularity: str, n: int) -> None:
     torch.manual_seed(n)
     check(rows_of(popularity, n, 6), [0, 8, 3, 1, 0, 16], 64, 130, dtype, 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("n", [1, 7, 35])
+def test_rows_have_their_own_weights(dtype: torch.dtype, n: int) -> None:
+    torch.manual_seed(n)
+    check(rows_of("skewed", n, 6), [0, 8, 3, 1, 0, 16], 64, 130, dtype, 16, (1.0, -0.5, 0.25))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -156,13 +169,14 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
 
 
 def test_group_rows() -> None:
-    """LoraMeta's example, then every kind of batch against what a tile is."""
-    meta = lora.group_rows([2, 0, 1, 2, 2], tile=2)
+    """LoraMeta's example."""
+    meta = lora.group_rows([2, 0, 1, 2, 2], [0.5, 0.0, 1.0, -2.0, 3.0], tile=2)
     assert {name: part.tolist() for name, part in vars(meta).items()} == {
         "order": [1, 2, 0, 3, 4],
         "tile_start": [1, 2, 4, 0, 0],
         "tile_count": [1, 2, 1, 0, 0],
         "tile_slot": [1, 2, 2, 0, 0],
+        "weight": [0.5, 0.0, 1.0, -2.0, 3.0],
     }
 
 
@@ -171,7 +185,7 @@ def test_group_rows() -> None:
 )
 def test_every_row_of_an_adapter_is_in_one_tile(slots: list[int]) -> None:
     meta = lora.group_rows(slots)
-    order, starts, counts, tile_slots = (part.tolist() for part in vars(meta).values())
+    order, starts, counts, tile_slots, _ = (part.tolist() for part in vars(meta).values())
     assert sorted(order) == list(range(len(slots)))
     rows: list[int] = []
     for start, count, slot in zip(starts, counts, tile_slots, strict=True):
@@ -187,9 +201,10 @@ def test_every_row_of_an_adapter_is_in_one_tile(slots: list[int]) -> None:
 
 
 def test_meta_of_fewer_rows_than_the_buffer_has_room_for() -> None:
-    buffer = torch.full((4, 6), 77, dtype=torch.int32)
-    lora.write_meta([2, 2, 1], buffer)
-    assert buffer.tolist() == [[3, 4, 5, 2, 0, 1], [3, 4, 0, 0, 0, 0], [1, 2, 0, 0, 0, 0], [1, 2, 0, 0, 0, 0]]
+    buffer = torch.full((5, 6), 77, dtype=torch.int32)
+    lora.write_meta([2, 2, 1], [1.0, -1.0, 0.5], buffer)
+    assert lora.LoraMeta.of(buffer).weight.tolist() == [1.0, -1.0, 0.5, 0.0, 0.0, 0.0]
+    assert buffer[:4].tolist() == [[3, 4, 5, 2, 0, 1], [3, 4, 0, 0, 0, 0], [1, 2, 0, 0, 0, 0], [1, 2, 0, 0, 0, 0]]
     assert lora.LoraMeta.of(buffer).tile_slot.data_ptr() == buffer[3].data_ptr(), "views, not copies"
 
 
@@ -201,7 +216,7 @@ def test_a_captured_graph_takes_each_step_s_slots() -> None:
     pairs = make_pairs([0, 8, 16, 64], k, out, torch.bfloat16)
     arena, table = make_arena(pairs, torch.bfloat16)
     x, y = (torch.zeros(n, size, dtype=torch.bfloat16, device="cuda") for size in (k, out))
-    host, device = torch.zeros(4, n, dtype=torch.int32), torch.zeros(4, n, dtype=torch.int32, device="cuda")
+    host, device = torch.zeros(5, n, dtype=torch.int32), torch.zeros(5, n, dtype=torch.int32, device="cuda")
     xa, meta = scratch(n, k, 64), lora.LoraMeta.of(device)
     lora.add_lora(y, x, arena, table, meta, xa)
     torch.cuda.synchronize()
@@ -209,7 +224,7 @@ def test_a_captured_graph_takes_each_step_s_slots() -> None:
     with torch.cuda.graph(graph):
         lora.add_lora(y, x, arena, table, meta, xa)
     for slots in ([0] * n, [3] * n, [i % 4 for i in range(n)], [2, 0, 1]):
-        lora.write_meta(slots, host)
+        lora.write_meta(slots, [1.0 + i for i in range(len(slots))], host)
         device.copy_(host)
         x.copy_(torch.randn(n, k))
         y.copy_(torch.randn(n, out))

@@ -117,27 +117,55 @@ def test_gelu(native: Native, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("popularity", ["distinct", "one", "mixed"])
+@pytest.mark.parametrize("popularity", ["distinct", "one", "mixed", "composed"])
 def test_lora(native: Native, dtype: torch.dtype, popularity: str) -> None:
     torch.manual_seed(4)
     for k, n, m in itertools.product((16, 65, 256), (16, 130), (1, 3, 32)):
         ranks = (1, 8, 3, 64)
         pool = [(rand(r, k, dtype=dtype, size=0.2), rand(r, n, dtype=dtype, size=0.2)) for r in ranks]
         choice = {
-            "distinct": [i % 4 for i in range(m)],
-            "one": [1] * m,
-            "mixed": [(None, 2, 0, None, 3)[i % 5] for i in range(m)],
+            "distinct": [[(i % 4, 1.0)] for i in range(m)],
+            "one": [[(1, 1.0)]] * m,
+            "mixed": [([], [(2, 1.0)], [(0, -0.5)], [], [(3, 1.0)])[i % 5] for i in range(m)],
+            "composed": [([(0, 0.7), (3, -0.3)], [], [(1, 1.0)], [(0, 1.0), (1, 1.5), (2, -2.0)])[i % 4] for i in range(m)],
         }
-        pairs = [None if i is None else pool[i] for i in choice[popularity]]
+        mixes = choice[popularity]
         key = ModuleKey(0, "attn.c_attn")
-        adapters = [p and Adapter("digest", {key: LoraPair(p[0].float(), p[1].float())}) for p in pairs]
+        adapters = [Adapter(f"{i}", {key: LoraPair(a.float(), b.float())}) for i, (a, b) in enumerate(pool)]
         x, y = rand(m, k, dtype=dtype), rand(m, n, dtype=dtype)
         expected = y.float()
-        add_lora(expected, x.float(), key, adapters)
-        rows = [(i, p[0].data_ptr(), p[1].data_ptr(), p[0].shape[0]) for i, p in enumerate(pairs) if p is not None]
-        lines = torch.tensor(sorted(rows, key=lambda row: row[1])).reshape(-1, 4).T.contiguous()
-        native.lora(x, y, lines.data_ptr(), len(rows))
+        add_lora(expected, x.float(), key, [tuple((adapters[i], weight) for i, weight in mix) for mix in mixes])
+        lines = lines_of(pool, mixes)
+        native.lora(x, y, lines.data_ptr(), lines.shape[1])
         torch.testing.assert_close(y, expected.to(dtype), **CLOSE[dtype])
+
+
+Pool = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def lines_of(pool: Pool, mixes: list[list[tuple[int, float]]]) -> torch.Tensor:
+    """The kernel's lines for rows that use these of the pool with these weights, by adapter."""
+    order = sorted((i, row, weight) for row, mix in enumerate(mixes) for i, weight in mix)
+    whole = [[row, pool[i][0].data_ptr(), pool[i][1].data_ptr(), pool[i][0].shape[0]] for i, row, _ in order]
+    weights = torch.tensor([weight for _, _, weight in order], dtype=torch.float64)
+    return torch.cat([torch.tensor(whole, dtype=torch.int64).reshape(-1, 4).T, weights.view(1, -1).view(torch.int64)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_composed_row_does_not_depend_on_its_neighbours(native: Native, dtype: torch.dtype) -> None:
+    torch.manual_seed(7)
+    pool = [(rand(r, 64, dtype=dtype), rand(r, 130, dtype=dtype)) for r in (4, 1, 9)]
+    mixes = [[(0, 0.7), (2, -0.3)], [(2, 1.0)], [], [(0, 1.0), (1, 0.2), (2, 0.5)], [(1, -1.0), (0, 2.0)]]
+    x, y = rand(5, 64, dtype=dtype), rand(5, 130, dtype=dtype)
+
+    def run(rows: slice) -> torch.Tensor:
+        out, lines = y[rows].clone(), lines_of(pool, mixes[rows])
+        native.lora(x[rows].contiguous(), out, lines.data_ptr(), lines.shape[1])
+        return out
+
+    together = run(slice(0, 5))
+    for i in range(5):
+        assert torch.equal(run(slice(i, i + 1))[0], together[i])
 
 
 def choose(native: Native, logits: torch.Tensor, **settings: float) -> list[int]:
