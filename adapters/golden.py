@@ -117,7 +117,9 @@ def _object(value: Any, where: str, known: set[str]) -> dict[str, Any]:
         raise _refused(where, value, "an object")
     raw = cast("dict[str, Any]", value)
     if unknown := sorted(raw.keys() - known):
-        raise AdapterRefused(f"{GOLDEN_FILE}: {where} has {unknown[0][:40]!r}, expected {', '.join(sorted(known))} alone")
+        raise AdapterRefused(
+            f"{GOLDEN_FILE}: {where} has {unknown[0][:40]!r}, expected {', '.join(sorted(known))} alone"
+        )
     return raw
 
 
