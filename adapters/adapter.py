@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from adapters.golden import Golden
+
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 """An adapter's public name: no comma (metric labels), no slash (paths)."""
 
@@ -176,6 +178,7 @@ class Adapter:
 
     digest: str
     pairs: dict[ModuleKey, LoraPair]
+    golden: Golden | None = None  # what it must say before it serves; only with the copy in host memory
 
     @cached_property
     def targets(self) -> frozenset[str]:

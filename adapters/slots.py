@@ -59,6 +59,11 @@ class SlotTable:
         """Those that are neither pinned nor in `keep`, the least recently used first."""
         return (digest for digest, slot in self._slots.items() if not slot.pins and digest not in keep)
 
+    def pinned(self, digest: str) -> bool:
+        """Whether a digest has a slot that is in use."""
+        slot = self._slots.get(digest)
+        return slot is not None and slot.pins > 0
+
     def pin(self, digest: str) -> None:
         """Keep a digest that has a slot. Raises KeyError when it has none."""
         self._slots[digest].pins += 1

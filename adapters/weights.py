@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 
 from adapters.adapter import Adapter, AdapterRef, BaseShape, LoraPair
 from adapters.errors import AdapterRefused, AdapterUnavailable
+from adapters.golden import read_golden
 from adapters.tensorfile import open_tensors
 from adapters.validation import WEIGHTS_FILE, inspect_adapter
 
@@ -28,7 +29,7 @@ def load_adapter(ref: AdapterRef, shape: BaseShape, dtype: torch.dtype) -> Adapt
             f"adapter {ref.name!r} changed on disk since it was registered "
             f"(sha256 {ref.digest[:12]} then, {manifest.ref.digest[:12]} now): restart the server to serve the new one"
         )
-    adapter = Adapter(ref.digest, {})
+    adapter = Adapter(ref.digest, {}, read_golden(Path(ref.path)))
     changes = False
     try:
         with open_tensors(Path(ref.path) / WEIGHTS_FILE, "pt") as file:

@@ -73,6 +73,11 @@ class Metrics:
         self.load_failures = self._counter("chorus_adapter_load_failures", "Loads that were refused or failed.")
         self.load_seconds = self._counter("chorus_adapter_load_seconds", "Time spent loading adapters.")
         self.evictions = self._counter("chorus_adapter_evictions", "Adapters that made room for others.")
+        self.cache_hits = self._counter(
+            "chorus_adapter_cache_hits", "Adapters that were found in host memory when the device needed them."
+        )
+        self.cache_misses = self._counter("chorus_adapter_cache_misses", "Adapters that had to be read from disk.")
+        self.host_cache_bytes = self._gauge("chorus_adapter_host_cache_bytes", "Of --host-cache, what adapters take.")
         self.worker_up = self._gauge("chorus_worker_up", "1 while the inference worker answers, else 0.")
         self.worker_restarts = self._counter(
             "chorus_worker_restarts", "Inference workers that came up after the first."
@@ -104,6 +109,9 @@ class Metrics:
         self._follow(self.load_failures, "failures", stats.adapter_load_failures)
         self._follow(self.load_seconds, "seconds", stats.adapter_load_seconds)
         self._follow(self.evictions, "evictions", stats.adapter_evictions)
+        self._follow(self.cache_hits, "cache_hits", stats.adapter_cache_hits)
+        self._follow(self.cache_misses, "cache_misses", stats.adapter_cache_misses)
+        self.host_cache_bytes.labels(self._model).set(stats.host_cache_bytes)
 
     def worker_started(self) -> None:
         """A worker has come up: its totals count from zero, and nothing runs on it."""

@@ -97,6 +97,11 @@ class Settings(BaseSettings):
         description="Memory of the adapters on the device, e.g. 500MB or 8GiB: as many stay as fit, the least recently "
         "used make room. A rank-16 adapter of all four projections takes 12 MiB of gpt2-medium in bfloat16.",
     )
+    host_cache: Annotated[ByteSize, Field(ge=0)] = Field(
+        default=ByteSize(1 << 30),
+        description="Host memory for adapters that were read before: what had to make room on the device comes back "
+        "without being read and hashed again; 0 is off.",
+    )
     api_key: SecretStr | None = Field(default=None, description="Key that inference needs; open if left out.")
     admin_key: SecretStr | None = Field(
         None,

@@ -72,11 +72,13 @@ def peft_model(base: Path, adapters: dict[str, Path]) -> PeftModel | GPT2LMHeadM
     return model.eval()
 
 
-def make_engine(base: Path, device: str = "cpu", **limits: int) -> Engine:
-    """Our engine on the same checkpoint, fp32."""
-    limits.setdefault("max_model_len", OurConfig.read(base).n_positions)
+def make_engine(base: Path, device: str = "cpu", dtype: torch.dtype = torch.float32, **limits: int) -> Engine:
+    """Our engine on the same checkpoint."""
+    config = OurConfig.read(base)
+    vocab = [TOKEN_BYTES[i % VOCAB] for i in range(config.vocab_size)]
+    limits.setdefault("max_model_len", config.n_positions)
     limits.setdefault("max_batch_size", 8)
-    return build_engine(base, EngineConfig(**limits), torch.device(device), torch.float32, TOKEN_BYTES, KERNELS)
+    return build_engine(base, EngineConfig(**limits), torch.device(device), dtype, vocab, KERNELS)
 
 
 def adapter_ref(base: Path, folder: Path) -> AdapterRef:

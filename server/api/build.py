@@ -43,6 +43,7 @@ def engine_config(settings: Settings, config: GPT2Config, device: torch.device) 
         max_model_len=settings.max_model_len or config.n_positions,
         max_batch_tokens=settings.max_batch_tokens or max(128 if device.type == "cpu" else 512, 2 * batch),
         adapter_memory=int(settings.adapter_memory),
+        host_cache=int(settings.host_cache),
     )
 
 

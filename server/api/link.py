@@ -12,13 +12,15 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import suppress
 
-from server.api.messages import Abort, EngineInfo, Frame, Ping, Submit
+from adapters.status import AdapterStatus
+from server.api.messages import Abort, EngineInfo, Forget, Frame, Ping, Submit
 from server.engine.types import ErrorKind, FinishReason, Request, SequenceOutput
 from server.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 PING_SECONDS = 0.5
-Message = Ping | Submit | Abort
+ABSENT = AdapterStatus.ABSENT.value
+Message = Ping | Submit | Abort | Forget
 
 
 class Unavailable(Exception):
@@ -38,6 +40,9 @@ class EngineLink:
         self._live: dict[str, asyncio.Queue[SequenceOutput]] = {}
         self._last_frame = 0.0
         self.info: EngineInfo | None = None
+        self.residency: dict[
+            str, tuple[str, str | None]
+        ] = {}  # digest -> AdapterStatus as text, why; absent ones aren't
 
     @property
     def up(self) -> bool:
@@ -75,6 +80,11 @@ class EngineLink:
             if left and self._epoch == epoch:
                 self._send(Abort(epoch, request.request_id))
 
+    def forget(self, digest: str) -> None:
+        """Tell the worker, if there is one, that an adapter version is gone, or is to be read and proved afresh."""
+        if self.info is not None:
+            self._send(Forget(self.info.epoch, digest))
+
     def on_frame(self, frame: Frame) -> None:
         """Take one frame of the worker."""
         if frame.pong is not None and (self.info is None or frame.epoch != self.info.epoch):
@@ -84,6 +94,11 @@ class EngineLink:
         self._last_frame = time.monotonic()
         for stats in frame.stats:
             self._metrics.observe_step(stats)
+            for digest, status, reason in stats.residency:
+                if status == ABSENT:
+                    self.residency.pop(digest, None)
+                else:
+                    self.residency[digest] = status, reason
         for output in frame.outputs:
             if (queue := self._live.get(output.request_id)) is not None:
                 queue.put_nowait(output)
@@ -125,6 +140,7 @@ class EngineLink:
             return
         logger.error("worker %d is gone; %d requests in flight fail", self.info.pid, len(self._live))
         self.info = None
+        self.residency.clear()
         self._metrics.worker_lost()
         for request_id, queue in self._live.items():
             queue.put_nowait(

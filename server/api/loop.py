@@ -15,7 +15,7 @@ import litserve as ls
 from litserve.loops import LitLoop
 from litserve.utils import LitAPIStatus, LoopResponseType
 
-from server.api.messages import FRAMES, Abort, EngineInfo, Frame, Ping, Submit
+from server.api.messages import FRAMES, Abort, EngineInfo, Forget, Frame, Ping, Submit
 from server.engine.types import ErrorKind, FinishReason, SequenceOutput, StepStats
 from server.model.config import ModelError
 from server.settings import Settings
@@ -68,14 +68,15 @@ class EngineLoop(LitLoop):
         stats: list[StepStats] = []
         last_sent = time.monotonic()
         while True:
-            outputs, ponged, aborted = self._receive(engine, info, inbox)
-            if engine.has_work or aborted:  # a step after the last abort tells that nothing runs any more
+            outputs, ponged, told = self._receive(engine, info, inbox)
+            # A step after an abort tells that nothing runs any more, one after a load that it has ended.
+            if engine.has_work or engine.loading or told:
                 step = engine.step()
                 outputs += step.outputs
                 stats.append(step.stats)
-                if engine.has_work and not step.stats.batch_size:
+                if not step.stats.batch_size:
                     time.sleep(0.001)  # only loads are under way
-            idle = not engine.has_work
+            idle = not engine.has_work and not engine.loading
             if outputs or ponged or (stats and (idle or time.monotonic() - last_sent > STATS_SECONDS)):
                 outbox.put(Frame(info.epoch, info if ponged else None, tuple(outputs), tuple(stats)))
                 stats, last_sent = [], time.monotonic()
@@ -83,12 +84,13 @@ class EngineLoop(LitLoop):
     def _receive(self, engine: Any, info: EngineInfo, inbox: Any) -> tuple[list[SequenceOutput], bool, bool]:
         """Take every message that has come; with nothing to do, wait for one."""
         outputs: list[SequenceOutput] = []
-        ponged = aborted = False
+        ponged = told = False
         while True:
             try:
-                message = inbox.get_nowait() if engine.has_work or outputs or ponged or aborted else inbox.get()
+                busy = engine.has_work or engine.loading or outputs or ponged or told
+                message = inbox.get_nowait() if busy else inbox.get()
             except queue.Empty:
-                return outputs, ponged, aborted
+                return outputs, ponged, told
             match message:
                 case Ping():
                     ponged = True
@@ -99,7 +101,10 @@ class EngineLoop(LitLoop):
                         outputs.append(_refusal(request.request_id, str(error)))
                 case Abort(epoch, request_id) if epoch == info.epoch:
                     engine.abort(request_id)
-                    aborted = True
+                    told = True
+                case Forget(epoch, digest) if epoch == info.epoch:
+                    engine.forget(digest)
+                    told = True
                 case _:
                     logger.debug("dropped a message for an earlier worker: %r", message)
 

@@ -30,6 +30,14 @@ class Abort:
 
 
 @dataclass(frozen=True)
+class Forget:
+    """An adapter version is gone, or is to be judged afresh: off the device once nothing uses it."""
+
+    epoch: str
+    digest: str
+
+
+@dataclass(frozen=True)
 class EngineInfo:
     """What a worker says of itself."""
 

@@ -13,6 +13,7 @@ from adapters.arena import Arena
 from adapters.residency import Residency
 from adapters.weights import load_adapter
 from server.engine.config import EngineConfig
+from server.engine.golden import GoldenReplay
 from server.engine.kv_cache import KVCache
 from server.engine.model_runner import ModelRunner, Runner
 from server.engine.scheduler import Scheduler
@@ -49,11 +50,19 @@ class Engine:
         self.config, self.weight_bytes, self.backend = config, weight_bytes, backend
         self._runner, self._residency = runner, residency
         self._scheduler = Scheduler(config, residency, eos_token_id, vocab)
+        self._golden = GoldenReplay(
+            self._scheduler, residency, config.max_model_len, len(vocab), residency.arena.memory.dtype
+        )
 
     @property
     def has_work(self) -> bool:
         """Whether a step would do anything."""
         return bool(self._scheduler.running or self._scheduler.waiting)
+
+    @property
+    def loading(self) -> bool:
+        """Whether adapters are being brought onto the device: steps publish them, with or without work."""
+        return self._residency.loading
 
     def add_request(self, request: Request) -> None:
         """Queue a request. Raises ValueError for a prompt that is empty or does not fit, and for adapters that can't be
@@ -71,14 +80,21 @@ class Engine:
         """End a request, freeing its row before the next step. Unknown ids have ended already."""
         self._scheduler.abort(request_id)
 
+    def forget(self, digest: str) -> None:
+        """Take an adapter off the device once nothing uses it, and out of host memory; asked for again, it is read and
+        proved afresh. Sequences that run with it end with it."""
+        self._residency.forget(digest)
+
     def step(self) -> StepOutput:
         """Schedule, run, take the result. With nothing but loads under way it returns at once, `batch_size` 0."""
         start = time.monotonic()
         self._residency.poll()
+        self._golden.start()
         batch, failed = self._scheduler.schedule()
         if batch.items:
             self._run(batch, start)
-        outputs = [_output(s) for s in [*failed, *batch.sequences] if s.finish_reason or s.request.stream]
+        self._golden.settle()
+        outputs = [_output(s) for s in [*failed, *batch.sequences] if _has_news(s)]
         stats = self._stats(batch, time.monotonic() - start)
         return StepOutput(tuple(o for o in outputs if o.token_ids or o.finish_reason), stats)
 
@@ -112,13 +128,14 @@ class Engine:
     def _stats(self, batch: Batch, seconds: float) -> StepStats:
         scheduler, loads = self._scheduler, self._residency.stats
         waiting = scheduler.waiting
-        emitted = [s for s in batch.sampled if s.error is None]
+        emitted = [s for s in batch.sampled if s.error is None and not s.proof]
+        cache = self._residency.cache
         return StepStats(
             step_seconds=seconds,
             num_running=len(scheduler.running),
             num_waiting=len(waiting),
             batch_size=len(batch.items),
-            num_prompt_tokens=sum(item.num_new_tokens for item in batch.items if item.prefill),
+            num_prompt_tokens=sum(i.num_new_tokens for i in batch.items if i.prefill and not i.sequence.proof),
             num_generated_tokens=len(emitted),
             kv_cache_usage=1 - scheduler.rows.num_free / scheduler.rows.num_rows,
             running_adapters=_adapter_names(scheduler.running.values()),
@@ -129,6 +146,10 @@ class Engine:
             adapter_load_failures=loads.failures,
             adapter_evictions=loads.evictions,
             adapter_load_seconds=loads.load_seconds,
+            adapter_cache_hits=cache.hits,
+            adapter_cache_misses=cache.misses,
+            host_cache_bytes=cache.used_bytes,
+            residency=tuple((c.digest, c.status.value, c.reason) for c in self._residency.changes()),
             first_token_latencies=tuple(s.latency for s in emitted if len(s.output_ids) == 1),
             inter_token_latencies=tuple(s.latency for s in emitted if len(s.output_ids) > 1),
         )
@@ -154,7 +175,7 @@ def build_engine(
     shape = model.config.adapter_shape
     arena = Arena(config.adapter_memory, device, dtype)
     torch.get_num_threads()  # settled for this thread, before the loading ones take a single one each
-    residency = Residency(lambda ref: load_adapter(ref, shape, dtype), arena)
+    residency = Residency(lambda ref: load_adapter(ref, shape, dtype), arena, host_cache=config.host_cache)
     runner = make_runner(model, config, residency)
     return Engine(config, runner, residency, model.config.eos_token_id, vocab, model.nbytes, model.backend.name)
 
@@ -188,6 +209,11 @@ def _output(sequence: Sequence) -> SequenceOutput:
         queue_time=0.0 if sequence.start_time is None else sequence.start_time - arrival,
         time_to_first_token=sequence.time_to_first_token,
     )
+
+
+def _has_news(sequence: Sequence) -> bool:
+    """Whether the edge is to be told of it after a step."""
+    return not sequence.proof and (sequence.finish_reason is not None or sequence.request.stream)
 
 
 def _adapter_names(sequences: Iterable[Sequence]) -> tuple[str, ...]:

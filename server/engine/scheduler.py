@@ -7,7 +7,8 @@ served within each, so that a flood for one adapter can't starve another. Rows a
 from collections.abc import Sequence as Seq
 
 from adapters.errors import AdapterRefused
-from adapters.residency import AdapterStatus, Residency
+from adapters.residency import Residency
+from adapters.status import AdapterStatus
 from server.engine.config import EngineConfig
 from server.engine.fairness import FairQueue
 from server.engine.kv_cache import RowAllocator
@@ -67,7 +68,7 @@ class Scheduler:
         for sequence, token, logprob in zip(batch.sampled, token_ids, logprobs, strict=True):
             if token == DIVERGED:
                 sequence.error = f"{_who(sequence)} gave logits that are not finite: its weights may be too large"
-                sequence.error_kind = ErrorKind.GENERATION
+                sequence.error_kind, sequence.diverged = ErrorKind.GENERATION, True
                 self.finish(sequence, FinishReason.ERROR)
                 continue
             sequence.output_ids.append(token)
@@ -90,7 +91,8 @@ class Scheduler:
         self.rows.free(sequence.row)
         sequence.row = None
         self._queue.end(sequence)
-        self._residency.unpin(*sequence.digests)
+        if not sequence.proof:
+            self._residency.unpin(*sequence.digests)
 
     def check_integrity(self) -> None:
         """Raises AssertionError when a row is lost or an adapter still counted; called when nothing waits or runs."""
@@ -117,7 +119,7 @@ class Scheduler:
                 self._fail(sequence)
                 failed.append(sequence)
             elif status is AdapterStatus.READY:
-                if self.rows.num_free and not (held and sequence.digests):
+                if self.rows.num_free and (sequence.proof or not (held and sequence.digests)):
                     self._start(sequence)
             elif self._residency.starving(*sequence.digests):
                 held = True
@@ -125,7 +127,7 @@ class Scheduler:
 
     def _adapter_status(self, sequence: Sequence, may_load: bool) -> AdapterStatus:
         """Where a sequence's adapters stand, having asked for them; ABSENT where one is not ready and may not load."""
-        if not sequence.adapters:
+        if not sequence.adapters or sequence.proof:
             return AdapterStatus.READY
         ready = all(self._residency.status(digest) is AdapterStatus.READY for digest in sequence.digests)
         if may_load or ready:
@@ -141,7 +143,8 @@ class Scheduler:
 
     def _start(self, sequence: Sequence) -> None:
         self._queue.start(sequence)
-        self._residency.pin(*sequence.digests)
+        if not sequence.proof:  # pinned until all of its prompts have ended
+            self._residency.pin(*sequence.digests)
         sequence.row = self.rows.allocate()
         self.running[sequence.request_id] = sequence
 

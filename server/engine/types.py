@@ -71,6 +71,10 @@ class SequenceOutput:
     time_to_first_token: float = 0.0  # seconds from arrival; set on the last output
 
 
+AdapterChange = tuple[str, str, str | None]
+"""Digest; AdapterStatus as text; why, if it is "refused" or "failed"."""
+
+
 @dataclass(frozen=True)
 class StepStats:
     """One step's figures, exported at the edge."""
@@ -90,6 +94,10 @@ class StepStats:
     adapter_load_failures: int = 0
     adapter_evictions: int = 0
     adapter_load_seconds: float = 0.0
+    adapter_cache_hits: int = 0
+    adapter_cache_misses: int = 0
+    host_cache_bytes: int = 0  # of adapters in host memory
+    residency: tuple[AdapterChange, ...] = ()  # of the status of adapters, since the last step's
     first_token_latencies: tuple[float, ...] = ()  # seconds from arrival, of sequences that began in this step
     inter_token_latencies: tuple[float, ...] = ()  # seconds since the same sequence's last token
 
@@ -122,6 +130,8 @@ class Sequence:
     stop_offset: int | None = None
     error: str | None = None
     error_kind: ErrorKind | None = None
+    proof: bool = False  # the engine's own: a golden prompt, of an adapter that isn't READY; nobody is told of it
+    diverged: bool = False  # its logits were not finite
 
     @property
     def request_id(self) -> str:
@@ -140,8 +150,11 @@ class Sequence:
 
     @cached_property
     def group(self) -> str | None:
-        """Whose turn it waits for: its digests, joined, whatever the weights; None is the base."""
-        return "+".join(self.digests) or None
+        """Whose turn it waits for: its digests, joined, whatever the weights; None is the base.
+
+        A proof doesn't stand behind those that wait for it.
+        """
+        return "proof:" * self.proof + "+".join(self.digests) or None
 
     @property
     def num_tokens(self) -> int:

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-import adapters.residency as residency_module
+import adapters.failures as failures_module
 from adapters.adapter import Adapter, AdapterRef, LoraPair, ModuleKey
 from adapters.arena import Arena
 from adapters.errors import AdapterRefused, AdapterUnavailable
-from adapters.residency import LOADS_AHEAD, AdapterStatus, Residency
+from adapters.residency import LOADS_AHEAD, Residency
+from adapters.status import AdapterStatus
 from tests.engine.toy import ADAPTER_BYTES, CPU, toy_adapter
 
 
@@ -303,7 +304,7 @@ def test_a_failed_one_is_tried_again_after_a_while(
     settle(residency)
     assert residency.prefetch(ref("a")) is AdapterStatus.FAILED
     assert loader.loaded == ["a"], "not at once"
-    monkeypatch.setattr(residency_module, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(failures_module, "RETRY_SECONDS", 0.0)
     del loader.errors["a"]
     ready(residency, "a")
     assert loader.loaded == ["a", "a"]

@@ -108,7 +108,7 @@ def test_a_slot_that_changes_hands_means_its_new_adapter(
 ) -> None:
     """With one slot for adapters, each replaces the last one in the same slot, and under the same graph."""
     residency = device_engine._residency
-    monkeypatch.setattr(residency, "_slots", SlotTable(2))
+    monkeypatch.setattr(residency._residents, "_slots", SlotTable(2))
     for name in ("a", "c", "a", "c"):
         work = [request(name, [3, 5, 7], adapter_ref(folders["base"], folders[name]), max_tokens=4)]
         assert run(device_engine, work)[name].token_ids == truth(work)[name].token_ids

@@ -1,0 +1,137 @@
+"""Replays an adapter's golden prompts before it serves anybody: in the ordinary batch, beside everybody's requests.
+
+What is compared, and where the tolerances come from: docs/decisions/0009-golden-replay.md.
+"""
+
+import logging
+import time
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+
+import torch
+
+from adapters.adapter import AdapterRef, alone
+from adapters.errors import AdapterError, AdapterRefused, AdapterUnavailable
+from adapters.golden import GOLDEN_FILE, Golden, GoldenPrompt
+from adapters.residency import Residency
+from server.engine.scheduler import Scheduler
+from server.engine.types import FinishReason, Request, SamplingParams, Sequence
+
+logger = logging.getLogger(__name__)
+
+FP32_TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1
+"""Between our logprob of a token and the golden one, nats: in float32, and in the two halves of its size."""
+
+
+@dataclass(frozen=True)
+class _Proof:
+    """One adapter's prompts under way."""
+
+    ref: AdapterRef
+    parts: tuple[tuple[int, GoldenPrompt, Sequence], ...]  # the prompt's index in the file
+
+    @property
+    def ended(self) -> bool:
+        return all(sequence.finish_reason is not None for _, _, sequence in self.parts)
+
+
+class GoldenReplay:
+    """The proofs of the adapters that have just come onto the device."""
+
+    def __init__(
+        self, scheduler: Scheduler, residency: Residency, max_model_len: int, vocab_size: int, dtype: torch.dtype
+    ) -> None:
+        self._scheduler, self._residency = scheduler, residency
+        self._max_model_len, self._vocab_size = max_model_len, vocab_size
+        self.tolerance = FP32_TOLERANCE if dtype is torch.float32 else HALF_TOLERANCE
+        self._proofs: list[_Proof] = []
+
+    def start(self) -> None:
+        """Queue the prompts of adapters that wait for their proof; called before a step is scheduled."""
+        for ref, golden in self._residency.take_unproved():
+            if (error := self._out_of_vocabulary(golden)) is not None:
+                self._residency.end_proof(ref, error)
+                continue
+            proof = self._proof(ref, golden)
+            for _, _, sequence in proof.parts:
+                self._scheduler.add(sequence)
+            self._proofs.append(proof)
+            if not proof.parts:
+                logger.warning(
+                    "%s of adapter %r could not be replayed: none of its prompts fits into %d positions",
+                    GOLDEN_FILE, ref.name, self._max_model_len,
+                )  # fmt: skip
+        self.settle()
+
+    def settle(self) -> None:
+        """Judge the adapters whose prompts have all ended; called after a step."""
+        if not self._proofs:
+            return
+        ended = [proof for proof in self._proofs if proof.ended]
+        self._proofs = [proof for proof in self._proofs if not proof.ended]
+        for proof in ended:
+            error = self._judge(proof)
+            if error is not None:
+                logger.warning("adapter %r (sha256 %s) is not served: %s", proof.ref.name, proof.ref.digest[:12], error)
+            self._residency.end_proof(proof.ref, error)
+
+    def _proof(self, ref: AdapterRef, golden: Golden) -> _Proof:
+        parts: list[tuple[int, GoldenPrompt, Sequence]] = []
+        for i, prompt in enumerate(golden.prompts):
+            count = min(len(prompt.token_ids), self._max_model_len - len(prompt.prompt_token_ids))
+            if count < 1:
+                continue
+            params = SamplingParams(max_tokens=count, ignore_eos=True, logprobs=True)
+            request = Request(f"golden/{ref.digest}/{i}", prompt.prompt_token_ids, params, alone(ref), time.monotonic())
+            parts.append((i, prompt, Sequence(request, proof=True)))
+        return _Proof(ref, tuple(parts))
+
+    def _out_of_vocabulary(self, golden: Golden) -> AdapterRefused | None:
+        for i, prompt in enumerate(golden.prompts):
+            for field in ("prompt_token_ids", "token_ids"):
+                ids: Seq[int] = getattr(prompt, field)
+                if max(ids) >= self._vocab_size:
+                    return AdapterRefused(
+                        f"{GOLDEN_FILE}: prompts[{i}].{field} holds {max(ids)}, the base has {self._vocab_size} tokens: "
+                        "the adapter was made on another base"
+                    )
+        return None
+
+    def _judge(self, proof: _Proof) -> AdapterError | None:
+        """What doesn't match, in the order of the file; else why a part could not be computed; else None."""
+        failed: AdapterError | None = None
+        for i, prompt, sequence in proof.parts:
+            if sequence.finish_reason is FinishReason.LENGTH or sequence.diverged:
+                if (error := self._compare(i, prompt, sequence)) is not None:
+                    return error
+            elif failed is None:
+                failed = AdapterUnavailable(
+                    f"{GOLDEN_FILE} could not be replayed: {sequence.error or 'it was aborted'}"
+                )
+        return failed
+
+    def _compare(self, index: int, prompt: GoldenPrompt, sequence: Sequence) -> AdapterRefused | None:
+        """A token's logprob must be within the tolerance of the golden one.
+
+        So must another token's: where the best two are that close, either may come first, and what follows is another
+        text, which isn't compared.
+        """
+        got = zip(sequence.output_ids, sequence.logprobs, strict=True)
+        for at, (token, logprob) in enumerate(got):
+            expected, golden = prompt.token_ids[at], prompt.logprobs[at]
+            if not abs(logprob - golden) <= self.tolerance:  # NaN isn't, either
+                return _mismatch(index, prompt, at, f"got {token} ({logprob:.3f}), tolerance {self.tolerance:g}")
+            if token != expected:
+                return None
+        if sequence.diverged:
+            return _mismatch(index, prompt, len(sequence.output_ids), "got logits that are not finite")
+        return None
+
+
+def _mismatch(index: int, prompt: GoldenPrompt, at: int, got: str) -> AdapterRefused:
+    text = prompt.prompt if len(prompt.prompt) <= 60 else f"{prompt.prompt[:60]}..."
+    return AdapterRefused(
+        f"{GOLDEN_FILE}: prompt {index} {text!r}, token {at}: expected {prompt.token_ids[at]} "
+        f"(logprob {prompt.logprobs[at]:.3f}), {got}: the adapter was made on another base, or its files don't belong "
+        f"together: retrain it here, or remove {GOLDEN_FILE} and load it anew"
+    )
