@@ -55,8 +55,8 @@ def put(server: ServerProcess, name: str, body: bytes, **headers: str) -> httpx.
     return httpx.put(f"{server.url}/v1/adapters/{name}", content=body, headers=ADMIN | headers, timeout=60)
 
 
-def post(server: ServerProcess, path: str, **body: object) -> httpx.Response:
-    return httpx.post(f"{server.url}{path}", json=body, headers=ADMIN, timeout=60)
+def post(server: ServerProcess, route: str, /, **body: object) -> httpx.Response:
+    return httpx.post(f"{server.url}{route}", json=body, headers=ADMIN, timeout=60)
 
 
 def delete(server: ServerProcess, path: str, **query: object) -> httpx.Response:
