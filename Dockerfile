@@ -10,7 +10,7 @@ RUN apt-get update \
  && rm -rf /var/lib/apt/lists/*
 RUN groupadd --gid 10001 chorus \
  && useradd --uid 10001 --gid chorus --no-create-home --home-dir /cache --shell /usr/sbin/nologin chorus \
- && install -d -o chorus -g chorus /adapters /cache
+ && install -d -o chorus -g chorus /adapters /cache /store
 
 WORKDIR /app
 ARG LOCK=requirements/gpu.lock
@@ -35,9 +35,10 @@ RUN pip install --disable-pip-version-check --no-cache-dir ${PIP_ARGS} --no-deps
  && python -m compileall -q server adapters kernels training \
  && find /app ! -perm -o=r -exec chmod a+rX {} +
 
-# Whatever is written at run time goes to /adapters, /cache and /tmp; the rest of the image may be read-only.
+# Whatever is written at run time goes to /adapters, /store, /cache and /tmp; the rest of the image may be read-only.
 ENV CHORUS_MODEL=openai-community/gpt2-medium \
     CHORUS_ADAPTERS_DIR=/adapters \
+    CHORUS_STORE_DIR=/store \
     CHORUS_HOST=0.0.0.0 \
     HF_HOME=/cache/huggingface \
     HF_HUB_DISABLE_TELEMETRY=1 \
@@ -49,7 +50,7 @@ ENV CHORUS_MODEL=openai-community/gpt2-medium \
     PYTHONDONTWRITEBYTECODE=1 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
-VOLUME ["/adapters", "/cache"]
+VOLUME ["/adapters", "/cache", "/store"]
 EXPOSE 8000
 USER 10001:10001
 STOPSIGNAL SIGTERM

@@ -68,6 +68,8 @@ def _served(settings: Settings, model_dir: Path) -> Served:
     reserved = frozenset({name, "base", OTHER})
     store = AdapterStore(settings.store_dir, config.adapter_shape, settings.adapters_dir, reserved)
     store.entries()
+    if swept := store.sweep():
+        logger.info("%d adapter versions that no name means any more were deleted", len(swept))
     store.close()  # the API process is a fork of this one
     return Served(
         settings=settings,

@@ -7,6 +7,7 @@ from typing import TypeVar
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics import MetricWrapperBase
 
+from adapters.adapter import AdapterRef
 from server.engine.types import SequenceOutput, StepStats
 
 M = TypeVar("M", bound=MetricWrapperBase)
@@ -24,7 +25,7 @@ class Metrics:
         """`max_lora`: adapters that may be on the device at once."""
         self.registry = CollectorRegistry()
         self._model, self._max_lora = model_name, max_lora
-        self._adapters: set[str] = set()
+        self._digests: dict[str, str] = {}  # of the adapters that have labels of their own
         self._totals: dict[str, float] = {}
         self._all: list[MetricWrapperBase] = []
 
@@ -66,6 +67,9 @@ class Metrics:
         )
         self.adapter_tokens = self._counter(
             "chorus_adapter_generation_tokens", f"Tokens generated, by adapter: {by_adapter}.", ("adapter",)
+        )
+        self.adapter_info = self._gauge(
+            "chorus_adapter_info", "1 for the version that an adapter last answered with.", ("adapter", "digest")
         )
         self.resident = self._gauge("chorus_adapters_resident", "Adapters on the device.")
         self.resident_bytes = self._gauge("chorus_adapter_memory_bytes", "Of --adapter-memory, what adapters take.")
@@ -127,7 +131,7 @@ class Metrics:
 
     def observe_request(
         self,
-        adapters: Sequence[str],
+        adapters: Sequence[AdapterRef],
         prompt_tokens: int,
         generated: int,
         reason: str,
@@ -136,7 +140,7 @@ class Metrics:
     ) -> None:
         """Record a request that has ended, for each of its adapters; `seconds` from arrival."""
         self.finished.labels(self._model, reason).inc()
-        for label in map(self._adapter_label, adapters or (None,)):
+        for label in map(self._adapter_label, adapters) if adapters else ("base",):
             self.adapter_requests.labels(self._model, label).inc()
             self.adapter_tokens.labels(self._model, label).inc(generated)
         if last is not None and reason in ("eos", "stop", "length"):
@@ -166,13 +170,16 @@ class Metrics:
         counter.labels(self._model).inc(max(0.0, total - self._totals.get(name, 0.0)))
         self._totals[name] = total
 
-    def _adapter_label(self, adapter: str | None) -> str:
-        if adapter is None:
-            return "base"
-        if adapter in self._adapters or len(self._adapters) < MAX_ADAPTER_LABELS:
-            self._adapters.add(adapter)
-            return adapter
-        return OTHER
+    def _adapter_label(self, adapter: AdapterRef) -> str:
+        name, known = adapter.name, self._digests.get(adapter.name)
+        if known is None and len(self._digests) >= MAX_ADAPTER_LABELS:
+            return OTHER
+        if known != adapter.digest:
+            if known is not None:
+                self.adapter_info.remove(self._model, name, known)
+            self.adapter_info.labels(self._model, name, adapter.digest).set(1)
+            self._digests[name] = adapter.digest
+        return name
 
     def _gauge(self, name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
         return self._keep(Gauge(name, text, ("model_name", *labels), registry=self.registry))

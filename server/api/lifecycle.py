@@ -10,12 +10,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from adapters.archive import unpack
 from fastapi import Query
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import ValidationError
 
+from adapters.archive import unpack
 from adapters.errors import AdapterError
 from adapters.registry import Kind
 from adapters.store import AdapterStore, Found
@@ -157,7 +157,13 @@ class LifecycleRoutes:
         return await self.show(name)
 
     async def _prove(self, found: Found, field: str) -> None:
-        """Let the engine load a version, check its values and replay its golden prompts. Raises ApiError."""
+        """Let the engine load a version, check its values and replay its golden prompts. Raises ApiError.
+
+        An earlier failure says nothing about it: what lies beside the weights may have changed since.
+        """
+        engine = self._spec.engine
+        if engine.residency.get(found.ref.digest, ("", None))[0] in ("refused", "failed"):
+            engine.forget(found.ref.digest)
         error = await self._spec.prove(found.ref)
         if error is not None:
             error.param = field

@@ -3,6 +3,7 @@
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
+from adapters.errors import AdapterUnavailable
 from server.api.spec import ChorusSpec
 
 
@@ -29,6 +30,10 @@ class ProbeRoutes:
         if self._spec.link is None or not self._spec.link.up:
             missing = "the inference worker does not answer (starting or restarting)"
             return JSONResponse({"ready": False, "missing": [missing]}, 503, {"Retry-After": "2"})
+        try:
+            self._spec.state.store.registry.refresh()
+        except AdapterUnavailable as error:
+            return JSONResponse({"ready": False, "missing": [str(error)]}, 503, {"Retry-After": "2"})
         return JSONResponse({"ready": True, "missing": []})
 
     async def metrics(self) -> Response:

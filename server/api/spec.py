@@ -204,7 +204,9 @@ class ChorusSpec(LitSpec):
             if reason:
                 seconds = time.monotonic() - request.arrival_time
                 prompt = len(request.prompt_token_ids)
-                metrics.observe_request(generation.names, prompt, generated, reason, seconds, last)
+                metrics.observe_request(
+                    [each.ref for each in request.adapters], prompt, generated, reason, seconds, last
+                )
 
     async def race(self, http: HttpRequest, work: Awaitable[T]) -> T:
         """Await `work`, but cancel it as soon as the client hangs up (then raises 499, which nobody reads)."""
