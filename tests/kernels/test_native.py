@@ -127,7 +127,9 @@ def test_lora(native: Native, dtype: torch.dtype, popularity: str) -> None:
             "distinct": [[(i % 4, 1.0)] for i in range(m)],
             "one": [[(1, 1.0)]] * m,
             "mixed": [([], [(2, 1.0)], [(0, -0.5)], [], [(3, 1.0)])[i % 5] for i in range(m)],
-            "composed": [([(0, 0.7), (3, -0.3)], [], [(1, 1.0)], [(0, 1.0), (1, 1.5), (2, -2.0)])[i % 4] for i in range(m)],
+            "composed": [
+                ([(0, 0.7), (3, -0.3)], [], [(1, 1.0)], [(0, 1.0), (1, 1.5), (2, -2.0)])[i % 4] for i in range(m)
+            ],
         }
         mixes = choice[popularity]
         key = ModuleKey(0, "attn.c_attn")
