@@ -129,11 +129,11 @@ class DeviceRunner:
     def _write(self, items: Seq[ScheduledSequence], inputs: StepInputs, size: int) -> list[Mix]:
         """Fill the host's arrays for `size` tokens; what is left over after the items is padding. Their adapters."""
         vocab, padding_row = self._model.config.vocab_size, self._padding_row
-        digests = dict.fromkeys(digest for item in items for digest in item.sequence.digests)
-        adapters = {digest: self._adapter(digest) for digest in digests}
         tokens = [
             (sequence := item.sequence, sequence.num_computed + i) for item in items for i in range(item.num_new_tokens)
         ]
+        digests = dict.fromkeys(digest for item in items for digest in item.sequence.digests)
+        adapters = {digest: self._adapter(digest) for digest in digests}
         ends = accumulate(item.num_new_tokens for item in items)
         sampled = [(end - 1, item.sequence) for end, item in zip(ends, items, strict=True) if item.samples]
         params = [sequence.request.sampling_params for _, sequence in sampled]
