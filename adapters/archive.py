@@ -11,6 +11,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -151,7 +152,7 @@ _Member = tuple[str, bool, Callable[[], Iterator[bytes]]]  # name, whether it is
 def _tar(file: BinaryIO, gzipped: bool, what: str, max_bytes: int) -> Iterator[_Member]:
     source = TarStream(file, gzipped, what, max_bytes)  # the wanted ones are read in the archive's order: in one go
     for member in TarStream(file, gzipped, what, max_bytes).members():
-        yield member.name, member.is_file, lambda member=member: source.chunks(member)
+        yield member.name, member.is_file, partial(source.chunks, member)
 
 
 def _zip(file: BinaryIO) -> Iterator[_Member]:
@@ -165,7 +166,7 @@ def _zip(file: BinaryIO) -> Iterator[_Member]:
             raise AdapterRefused(f"the member {info.filename!r} is {_KINDS[kind]}; only files and folders are taken")
         if info.flag_bits & 1:
             raise AdapterRefused(f"the member {info.filename!r} is encrypted: send the archive without a password")
-        yield info.orig_filename, not info.is_dir(), lambda info=info: _unzipped(archive, info)
+        yield info.orig_filename, not info.is_dir(), partial(_unzipped, archive, info)
 
 
 def _unzipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:

@@ -1,7 +1,7 @@
 """Adapter folders by their content's digest: written aside, synced, renamed into place. Works without torch.
 
-    DIR/objects/ab/abcd.../   the files of one version; never changed but for what lies beside the weights
-    DIR/staging/              what is being written; a process that dies leaves it for `sweep`
+DIR/objects/ab/abcd.../   the files of one version; never changed but for what lies beside the weights
+DIR/staging/              what is being written; a process that dies leaves it for `sweep`
 """
 
 import hashlib
@@ -121,9 +121,12 @@ def _storing(source: Path) -> Iterator[None]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    with open_regular(source, MAX_SIDECAR_BYTES if source.name in SIDECARS else MAX_WEIGHTS_BYTES) as file:
-        with target.open("wb") as copy:
-            shutil.copyfileobj(file, copy, 1 << 20)
+    limit = MAX_SIDECAR_BYTES if source.name in SIDECARS else MAX_WEIGHTS_BYTES
+    with open_regular(source, limit) as file, target.open("wb") as copy:
+        while chunk := file.read(1 << 20):
+            copy.write(chunk)
+            if copy.tell() > limit:  # it grew, or its size is not what it announces
+                raise AdapterRefused(f"{source.name} has more than {limit:,} bytes")
     _sync(target)
 
 

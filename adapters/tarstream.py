@@ -54,7 +54,7 @@ class TarStream:
             if info.type in (*_PAX, *_LONG, _GLOBAL):
                 extended += _BLOCK + info.size
                 if not 0 <= info.size <= MAX_EXTENDED_BYTES or extended > MAX_EXTENDED_TOTAL:
-                    raise AdapterRefused(f"{self._what} has an extended header of {info.size:,} bytes at byte {start:,}")
+                    raise AdapterRefused(f"{self._what} has {info.size:,} bytes of extended header at byte {start:,}")
                 data = self._take(_padded(info.size))[: info.size]
                 if info.type == tarfile.GNUTYPE_LONGNAME:
                     name = _text(data.partition(b"\0")[0])
@@ -87,7 +87,7 @@ class TarStream:
             yield chunk
 
     def _skip(self, count: int) -> None:
-        while count:
+        while count > 0:
             count -= len(self._take(min(count, CHUNK)))
 
     def _take(self, count: int) -> bytes:

@@ -149,7 +149,7 @@ def test_content_that_no_name_means_is_swept_after_a_while(store: AdapterStore, 
     assert not Path(twain.ref.path).exists()
     assert store.get("poe").ref.digest == versions(store, "poe")[-1]
     publish(store, "twain", 3, tmp_path)
-    assert store.get("twain") .ref == twain.ref, "and may be published again"
+    assert store.get("twain").ref == twain.ref, "and may be published again"
 
 
 def test_damaged_content_is_mended_by_publishing_it_again(store: AdapterStore, tmp_path: Path) -> None:
