@@ -173,7 +173,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "a name of 999 characters": (header(lambda h: h.__setitem__("x" * 999, h.pop(A0))), "name has 999 characters"),
     "a name in look-alikes": (header(lambda h: h.__setitem__(A0.replace("o", "о"), h.pop(A0))), "is not a LoRA weight"),
     "a name in other digits": (header(lambda h: h.__setitem__(A0.replace("0", "٠"), h.pop(A0))), "is not a LoRA weight"),
-    "a name with leading zeros": (header(lambda h: h.__setitem__(A0.replace("h.0", "h.00"), h[A0])), "begins at byte"),
+    "a name with leading zeros": (header(lambda h: h.__setitem__(A0.replace("h.0", "h.00"), h.pop(A0))), "is not a LoRA weight"),
     "a dtype that is a list": (field("dtype", ["F32"]), rf"'{A0}' is \['F32'\]; expected one of F32, F16, BF16"),
     "an unknown dtype": (field("dtype", "Q4_0" * 99), f"'{A0}' is Q4_0Q4_0Q4_0Q4_0Q4_0; expected one of"),
     "a negative size": (field("shape", [-2, -8]), rf"'{A0}' has shape \[-2, -8\]; expected a list of sizes"),
@@ -198,7 +198,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "an overlap": (header(on_top_of_another), "begins at byte .* the one before ends at"),
     "a gap before the first": (first_at(64), "begins at byte .* the one before ends at"),
     "bytes behind the last": (
-        lambda f: (f / WEIGHTS_FILE).open("ab").write(b"x"), "its tensors end at byte .*, the file at",
+        lambda f: (f / WEIGHTS_FILE).write_bytes((f / WEIGHTS_FILE).read_bytes() + b"x"), "its tensors end at byte .*, the file at",
     ),
     "NaN in F32": (value("F32", 0x7FC00000), f"'{A0}' holds values that are not finite"),
     "-Inf in F32": (value("F32", 0xFF800000), f"'{A0}' holds values that are not finite"),
