@@ -79,6 +79,11 @@ def tidy() -> Iterator[None]:
     shutil.rmtree(ROOT)
 
 
+def check_message(text: str) -> None:
+    text.encode()
+    assert len(text) < 2000
+
+
 def check_folder(config: bytes, weights: bytes) -> None:
     folder = ROOT / "folder"
     folder.mkdir(exist_ok=True)
@@ -88,8 +93,7 @@ def check_folder(config: bytes, weights: bytes) -> None:
         manifest = inspect_adapter(folder, "a", SHAPE)
         check_values(folder, manifest)
     except (AdapterRefused, AdapterUnavailable) as error:
-        str(error).encode()
-        assert len(str(error)) < 2000
+        check_message(str(error))
         return
     str(manifest.base_model).encode()
     with open_tensors(folder / WEIGHTS_FILE, "np") as file:
@@ -130,8 +134,7 @@ def archive(data: Any) -> None:
     try:
         unpacked = unpack(ROOT / "upload", into, 1 << 20)
     except (AdapterRefused, AdapterUnavailable) as error:
-        str(error).encode()
-        assert len(str(error)) < 2000
+        check_message(str(error))
         assert list(into.iterdir()) == []
         return
     assert unpacked.folder == into
