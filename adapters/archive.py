@@ -15,7 +15,7 @@ from adapters.errors import AdapterRefused, AdapterUnavailable
 from adapters.lora_config import CONFIG_FILE, MAX_CONFIG_BYTES
 from adapters.objects import ADAPTER_FILES, MAX_SIDECAR_BYTES
 from adapters.tarstream import TarStream
-from adapters.tensorfile import open_regular
+from adapters.tensorfile import open_regular, shown
 from adapters.validation import MAX_WEIGHTS_BYTES, WEIGHTS_FILE
 from adapters.zipstream import ArchiveMember, zip_members
 
@@ -89,7 +89,9 @@ def _choose(files: Iterable[_File], what: str) -> tuple[list[_File], tuple[str, 
         raise AdapterRefused(f"{what} holds no {CONFIG_FILE}: expected an archive of a PEFT adapter folder")
     if len(homes) > 1:
         first, second = list(homes.values())[:2]
-        raise AdapterRefused(f"{what} holds two adapters, {first!r} and {second!r}: send one folder at a time")
+        raise AdapterRefused(
+            f"{what} holds two adapters, {shown(first)} and {shown(second)}: send one folder at a time"
+        )
     (home,) = homes
     wanted: dict[str, _File] = {}
     ignored: list[str] = []
@@ -98,12 +100,12 @@ def _choose(files: Iterable[_File], what: str) -> tuple[list[_File], tuple[str, 
         if file.parts[:-1] != home or name not in ADAPTER_FILES:
             ignored.append(file.name)
         elif name in wanted:
-            raise AdapterRefused(f"{what} holds {file.name!r} twice")
+            raise AdapterRefused(f"{what} holds {shown(file.name)} twice")
         else:
             wanted[name] = file
     if WEIGHTS_FILE not in wanted:
         pickles = [name for name in ignored if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
-        hint = f" ({pickles[0]!r} is a pickle: convert it to safetensors)" if pickles else ""
+        hint = f" ({shown(pickles[0])} is a pickle: convert it to safetensors)" if pickles else ""
         raise AdapterRefused(f"{what} holds no {WEIGHTS_FILE} beside {CONFIG_FILE}{hint}")
     return list(wanted.values()), tuple(ignored[:_LISTED])
 
@@ -115,9 +117,9 @@ def _write(entry: _File, target: Path, left: int, max_bytes: int) -> int:
         for chunk in entry.chunks():
             written += len(chunk)
             if written > limit:
-                raise AdapterRefused(f"{entry.name!r} is larger than {limit:,} bytes")
+                raise AdapterRefused(f"{shown(entry.name)} is larger than {limit:,} bytes")
             if written > left:
-                raise AdapterRefused(f"{entry.name!r}: the archive expands to more than {max_bytes:,} bytes")
+                raise AdapterRefused(f"{shown(entry.name)}: the archive expands to more than {max_bytes:,} bytes")
             copy.write(chunk)
     return written
 
@@ -132,18 +134,17 @@ def _writing(target: Path) -> Generator[None]:
 
 def _parts(name: str) -> tuple[str, ...]:
     """A member's path, judged."""
-    shown = repr(name if len(name) <= 80 else f"{name[:80]}...")
     if any("\ud800" <= char <= "\udfff" for char in name):
-        raise AdapterRefused(f"the member {shown} has a name that is not UTF-8")
+        raise AdapterRefused(f"the member {shown(name)} has a name that is not UTF-8")
     if "\\" in name or "\0" in name:
-        raise AdapterRefused(f"the member {shown} has a backslash or a null character in its name")
+        raise AdapterRefused(f"the member {shown(name)} has a backslash or a null character in its name")
     if name.startswith("/"):
-        raise AdapterRefused(f"the member {shown} has an absolute path")
+        raise AdapterRefused(f"the member {shown(name)} has an absolute path")
     if len(name) > MAX_NAME_CHARS:
-        raise AdapterRefused(f"the member {shown} has a name of {len(name)} characters")
+        raise AdapterRefused(f"the member {shown(name)} has a name of {len(name)} characters")
     parts = tuple(part for part in name.split("/") if part not in ("", "."))
     if ".." in parts:
-        raise AdapterRefused(f"the member {shown} has '..' in its path")
+        raise AdapterRefused(f"the member {shown(name)} has '..' in its path")
     return parts or (".",)
 
 

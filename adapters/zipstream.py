@@ -12,6 +12,7 @@ from typing import Any, BinaryIO, cast
 
 from adapters.errors import AdapterRefused
 from adapters.tarstream import CHUNK
+from adapters.tensorfile import shown
 
 MAX_DIRECTORY_BYTES = 1 << 20
 ArchiveMember = tuple[str, bool, Callable[[], Iterator[bytes]]]
@@ -30,25 +31,29 @@ def zip_members(file: BinaryIO, what: str) -> Iterator[ArchiveMember]:
     except UnicodeDecodeError:
         raise AdapterRefused(f"{what} has a member whose name is not UTF-8, though it says so") from None
     except _BROKEN as error:
-        raise AdapterRefused(f"{what} is damaged: {error}") from None
+        raise AdapterRefused(f"{what} is damaged: {str(error)[:200]}") from None
     for info in archive.infolist():
         kind = stat.S_IFMT(info.external_attr >> 16)
         if kind in _KINDS:
-            raise AdapterRefused(f"the member {info.filename!r} is {_KINDS[kind]}; only files and folders are taken")
+            raise AdapterRefused(
+                f"the member {shown(info.filename)} is {_KINDS[kind]}; only files and folders are taken"
+            )
         if info.flag_bits & 1:
-            raise AdapterRefused(f"the member {info.filename!r} is encrypted: send the archive without a password")
+            raise AdapterRefused(f"the member {shown(info.filename)} is encrypted: send the archive without a password")
         yield info.orig_filename, not info.is_dir(), partial(_unzipped, archive, info)
 
 
 def _unzipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
     if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others expand without a bound
-        raise AdapterRefused(f"the member {info.filename!r} is compressed in way {info.compress_type}: use deflate")
+        raise AdapterRefused(
+            f"the member {shown(info.filename)} is compressed in way {info.compress_type}: use deflate"
+        )
     try:
         with archive.open(info) as member:
             while chunk := member.read(CHUNK):
                 yield chunk
     except _BROKEN as error:
-        raise AdapterRefused(f"the member {info.filename!r} is damaged: {error or 'cut off'}") from None
+        raise AdapterRefused(f"the member {shown(info.filename)} is damaged: {str(error)[:200] or 'cut off'}") from None
 
 
 class _Bounded(io.RawIOBase):

@@ -159,7 +159,10 @@ HOSTILE: dict[str, tuple[Make, str]] = {
     "zipped link": (zipped_as(stat.S_IFLNK | 0o777), f"'{CONFIG_FILE}' is a symbolic link"),
     "zipped pipe": (zipped_as(stat.S_IFIFO), f"'{CONFIG_FILE}' is a pipe"),
     "zipped device": (zipped_as(stat.S_IFCHR), f"'{CONFIG_FILE}' is a device"),
-    "twice": (lambda t, f: tar(t, [entry(n, d) for n, d in [*f.items(), *f.items()]]), f"upload holds '{CONFIG_FILE}' twice"),
+    "twice": (
+        lambda t, f: tar(t, [entry(n, d) for n, d in [*f.items(), *f.items()]]),
+        f"upload holds '{CONFIG_FILE}' twice",
+    ),
     "twice by another name": (plus({f"./{WEIGHTS_FILE}": b""}), f"upload holds './{WEIGHTS_FILE}' twice"),
     "two adapters": (
         plus({f"checkpoint-9/{CONFIG_FILE}": b"{}"}),
