@@ -1,172 +1,154 @@
-"""Takes an adapter folder out of an archive that nobody vouches for. Works without torch.
+"""Takes an adapter folder out of a tar, tar.gz or zip that nobody vouches for. Works without torch.
 
-Only the files that belong to an adapter are written, one by one, under their own names, while the bytes are counted:
-what an archive says of itself decides nothing. Others are named, not unpacked.
+Members are listed first and all of them judged; then the few that make an adapter are streamed out, each under its
+own plain name: no path of the archive ever reaches the file system. Every limit counts bytes that were really read.
 """
 
-import gzip
-import shutil
-import tarfile
-import zipfile
-import zlib
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import IO, BinaryIO, cast
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO
 
-from adapters.errors import AdapterRefused
+from adapters.errors import AdapterRefused, AdapterUnavailable
 from adapters.lora_config import CONFIG_FILE, MAX_CONFIG_BYTES
 from adapters.objects import ADAPTER_FILES, MAX_SIDECAR_BYTES
-from adapters.validation import WEIGHTS_FILE
+from adapters.tarstream import TarStream
+from adapters.tensorfile import open_regular, shown
+from adapters.validation import MAX_WEIGHTS_BYTES, WEIGHTS_FILE
+from adapters.zipstream import ArchiveMember, zip_members
 
 MAX_MEMBERS = 10_000
-MAX_IGNORED_BYTES = 64 << 20  # of members that are skipped, and of a tar's own headers
-TOLD = 100
-_CHUNK = 1 << 20
+MAX_NAME_CHARS = 1024
+_LIMITS = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: MAX_WEIGHTS_BYTES}
+_LISTED = 100
 
 
 @dataclass(frozen=True)
 class Unpacked:
-    """What an archive held."""
+    """What came out of an archive."""
 
     folder: Path
-    ignored: tuple[str, ...]  # members that are no adapter's files; the first TOLD
+    ignored: tuple[str, ...]
+    """Members that are no part of an adapter, or lie elsewhere; the first 100."""
 
 
 @dataclass(frozen=True)
-class _Member:
-    """One member; `why`: what it is, if it is no plain file or folder."""
-
-    name: str
-    is_folder: bool
-    why: str | None
-    open: Callable[[], IO[bytes]]
+class _File:
+    name: str  # as the archive has it
+    parts: tuple[str, ...]
+    chunks: Callable[[], Iterator[bytes]]
 
 
 def unpack(archive: Path, into: Path, max_bytes: int = 1 << 30) -> Unpacked:
-    """Write the adapter that a tar, tar.gz or zip holds, at its top or in one folder, to the new folder `into`.
+    """Write the adapter in `archive` to the empty folder `into`: from its top, or the one folder with a config.
 
-    Raises AdapterRefused; `into` is gone then.
+    `max_bytes` bounds the archive and what it expands to. Raises AdapterRefused naming the member that is wrong,
+    AdapterUnavailable on I/O errors; either leaves `into` empty.
     """
-    into.mkdir()
+    into.mkdir(parents=True, exist_ok=True)
     try:
-        with archive.open("rb") as file, _members(file, max_bytes) as members:
-            return _write(members, into, max_bytes)
-    except (
-        tarfile.TarError,
-        zipfile.BadZipFile,
-        gzip.BadGzipFile,
-        zlib.error,
-        EOFError,
-        UnicodeError,
-        NotImplementedError,
-    ) as error:
-        shutil.rmtree(into)
-        raise AdapterRefused(f"the archive is damaged or of a kind that is not read: {error}") from None
-    except BaseException:
-        shutil.rmtree(into)
+        with open_regular(archive, max_bytes) as file:
+            files = _list(file, archive.name, max_bytes)
+            wanted, ignored = _choose(files, archive.name)
+            left = max_bytes
+            for entry in wanted:
+                left -= _write(entry, into / entry.parts[-1], left, max_bytes)
+            return Unpacked(into, ignored)
+    except BaseException as error:
+        for name in ADAPTER_FILES:
+            (into / name).unlink(missing_ok=True)
+        if isinstance(error, FileNotFoundError):
+            raise AdapterUnavailable(f"{archive.name} can't be read: {error.strerror}") from error
         raise
 
 
-def _write(members: Iterator[_Member], into: Path, max_bytes: int) -> Unpacked:
+def _list(file: BinaryIO, what: str, max_bytes: int) -> list[_File]:
+    magic = file.read(4)
+    members = (
+        zip_members(file, what)
+        if magic in (b"PK\3\4", b"PK\5\6")
+        else _tar(file, magic[:2] == b"\x1f\x8b", what, max_bytes)
+    )
+    files: list[_File] = []
+    for count, (name, is_file, chunks) in enumerate(members, 1):
+        if count > MAX_MEMBERS:
+            raise AdapterRefused(f"{what} has more than {MAX_MEMBERS:,} members")
+        parts = _parts(name)
+        if is_file:
+            files.append(_File(name, parts, chunks))
+    return files
+
+
+def _choose(files: Iterable[_File], what: str) -> tuple[list[_File], tuple[str, ...]]:
+    """The files that make the adapter, in the archive's order, and the names of the others."""
+    files = list(files)
+    homes = {file.parts[:-1]: file.name for file in files if file.parts[-1] == CONFIG_FILE}
+    if not homes:
+        raise AdapterRefused(f"{what} holds no {CONFIG_FILE}: expected an archive of a PEFT adapter folder")
+    if len(homes) > 1:
+        first, second = list(homes.values())[:2]
+        raise AdapterRefused(
+            f"{what} holds two adapters, {shown(first)} and {shown(second)}: send one folder at a time"
+        )
+    (home,) = homes
+    wanted: dict[str, _File] = {}
     ignored: list[str] = []
-    top: PurePosixPath | None = None  # the folder that the adapter's files lie in
-    for number, member in enumerate(members):
-        if number >= MAX_MEMBERS:
-            raise AdapterRefused(f"the archive has more than {MAX_MEMBERS} members")
-        path = _checked(member)
-        if member.is_folder:
-            continue
-        if path.name not in ADAPTER_FILES or len(path.parts) > 2:
-            ignored.append(member.name[:200])
-            continue
-        if top is not None and path.parent != top:
-            raise AdapterRefused(f"{member.name!r} lies beside {str(top)!r}: an archive holds one adapter")
-        top = path.parent
-        if (into / path.name).exists():
-            raise AdapterRefused(f"{member.name!r} comes twice")
-        limit = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: max_bytes}.get(path.name, MAX_SIDECAR_BYTES)
-        with member.open() as source, (into / path.name).open("wb") as target:
-            while chunk := source.read(_CHUNK):
-                if target.tell() + len(chunk) > limit:
-                    raise AdapterRefused(f"{member.name!r} holds more than {limit:,} bytes")
-                target.write(chunk)
-    if top is None:
-        beside = f" (it holds {', '.join(map(repr, ignored[:3]))})" if ignored else ""
-        raise AdapterRefused(f"the archive holds no {CONFIG_FILE}, at its top or in one folder{beside}")
-    return Unpacked(into, tuple(ignored[:TOLD]))
+    for file in files:
+        name = file.parts[-1]
+        if file.parts[:-1] != home or name not in ADAPTER_FILES:
+            ignored.append(file.name)
+        elif name in wanted:
+            raise AdapterRefused(f"{what} holds {shown(file.name)} twice")
+        else:
+            wanted[name] = file
+    if WEIGHTS_FILE not in wanted:
+        pickles = [name for name in ignored if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
+        hint = f" ({shown(pickles[0])} is a pickle: convert it to safetensors)" if pickles else ""
+        raise AdapterRefused(f"{what} holds no {WEIGHTS_FILE} beside {CONFIG_FILE}{hint}")
+    return list(wanted.values()), tuple(ignored[:_LISTED])
 
 
-def _checked(member: _Member) -> PurePosixPath:
-    name = member.name
-    if member.why is not None:
-        raise AdapterRefused(f"{name[:200]!r} is {member.why}; only plain files are taken")
-    path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name or not name.isprintable():
-        raise AdapterRefused(f"{name[:200]!r} is no plain relative path")
-    return path
+def _write(entry: _File, target: Path, left: int, max_bytes: int) -> int:
+    """Returns the bytes written."""
+    limit, written = _LIMITS.get(target.name, MAX_SIDECAR_BYTES), 0
+    with _writing(target), target.open("xb") as copy:
+        for chunk in entry.chunks():
+            written += len(chunk)
+            if written > limit:
+                raise AdapterRefused(f"{shown(entry.name)} is larger than {limit:,} bytes")
+            if written > left:
+                raise AdapterRefused(f"{shown(entry.name)}: the archive expands to more than {max_bytes:,} bytes")
+            copy.write(chunk)
+    return written
 
 
 @contextmanager
-def _members(file: BinaryIO, max_bytes: int) -> Generator[Iterator[_Member]]:
-    magic = file.read(262 + 5)
-    file.seek(0)
-    if magic.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        with zipfile.ZipFile(file) as opened:
-            yield _of_zip(opened)
-    elif magic.startswith(b"\x1f\x8b"):
-        with gzip.GzipFile(fileobj=file) as plain:
-            counted = _Counted(plain, max_bytes)
-            with _tar(counted) as opened:
-                yield _of_tar(opened)
-            while counted.read(_CHUNK):
-                pass  # to its end, where the checksum is
-    elif magic[257:262] == b"ustar":
-        with _tar(_Counted(file, max_bytes)) as opened:
-            yield _of_tar(opened)
-    else:
-        raise AdapterRefused("the body is no archive; expected a tar, tar.gz or zip of an adapter folder")
+def _writing(target: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise AdapterUnavailable(f"{target.name} can't be unpacked: {error.strerror or error}") from error
 
 
-def _tar(stream: "_Counted") -> tarfile.TarFile:
-    return tarfile.open(fileobj=cast("IO[bytes]", stream), mode="r|")
+def _parts(name: str) -> tuple[str, ...]:
+    """A member's path, judged."""
+    if any("\ud800" <= char <= "\udfff" for char in name):
+        raise AdapterRefused(f"the member {shown(name)} has a name that is not UTF-8")
+    if "\\" in name or "\0" in name:
+        raise AdapterRefused(f"the member {shown(name)} has a backslash or a null character in its name")
+    if name.startswith("/"):
+        raise AdapterRefused(f"the member {shown(name)} has an absolute path")
+    if len(name) > MAX_NAME_CHARS:
+        raise AdapterRefused(f"the member {shown(name)} has a name of {len(name)} characters")
+    parts = tuple(part for part in name.split("/") if part not in ("", "."))
+    if ".." in parts:
+        raise AdapterRefused(f"the member {shown(name)} has '..' in its path")
+    return parts or (".",)
 
 
-def _of_tar(opened: tarfile.TarFile) -> Iterator[_Member]:
-    for info in opened:
-        why = None
-        if not (info.isfile() or info.isdir()) or info.issparse():
-            why = "a link" if info.issym() or info.islnk() else "a sparse file" if info.issparse() else "a special file"
-        yield _Member(info.name, info.isdir(), why, lambda info=info: _opened(opened, info))
-        opened.members.clear()  # pyright: ignore  (it keeps every header otherwise)
-
-
-def _opened(opened: tarfile.TarFile, info: tarfile.TarInfo) -> IO[bytes]:
-    file = opened.extractfile(info)
-    assert file is not None, "a regular file"
-    return file
-
-
-def _of_zip(opened: zipfile.ZipFile) -> Iterator[_Member]:
-    for info in opened.infolist():
-        kind = info.external_attr >> 28  # of Unix's mode, where there is one
-        why = "encrypted" if info.flag_bits & 1 else None if kind in (0, 4, 8) else "a link or a special file"
-        yield _Member(info.filename, info.is_dir(), why, lambda info=info: opened.open(info))
-
-
-class _Counted:
-    """A stream that ends in a refusal when more comes out of it than an adapter and a little beside may hold."""
-
-    def __init__(self, stream: IO[bytes] | gzip.GzipFile, max_bytes: int) -> None:
-        self._stream, self._left = stream, max_bytes + MAX_IGNORED_BYTES
-
-    def read(self, size: int) -> bytes:
-        """At most `size` bytes, and of what a tar's own headers ask for no more than a part at a time."""
-        if size > MAX_IGNORED_BYTES:
-            raise AdapterRefused(f"a header of the archive announces {size:,} bytes")
-        data = self._stream.read(size)
-        self._left -= len(data)
-        if self._left < 0:
-            raise AdapterRefused("the archive unpacks to more than an adapter may hold: --max-adapter-bytes")
-        return data
+def _tar(file: BinaryIO, gzipped: bool, what: str, max_bytes: int) -> Iterator[ArchiveMember]:
+    source = TarStream(file, gzipped, what, max_bytes)  # the wanted ones are read in the archive's order: in one go
+    for member in TarStream(file, gzipped, what, max_bytes).members():
+        yield member.name, member.is_file, partial(source.chunks, member)

@@ -123,7 +123,10 @@ def _storing(source: Path) -> Generator[None]:
 def _copy(source: Path, target: Path) -> None:
     limit = MAX_SIDECAR_BYTES if source.name in SIDECARS else MAX_WEIGHTS_BYTES
     with open_regular(source, limit) as file, target.open("wb") as copy:
-        shutil.copyfileobj(file, copy, 1 << 20)
+        while chunk := file.read(1 << 20):
+            copy.write(chunk)
+            if copy.tell() > limit:  # it grew, or its size is not what it announces
+                raise AdapterRefused(f"{source.name} has more than {limit:,} bytes")
     _sync(target)
 
 

@@ -21,6 +21,8 @@ MAX_HEADER_BYTES = 2 << 20
 MAX_TENSORS = 4096
 _SIZES = {"F32": 4, "F16": 2, "BF16": 2}
 _MAX_NAME_CHARS = 256
+_MAX_DEPTH = 16
+_SHOWN_CHARS = 200
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,12 @@ def open_regular(path: Path, limit: int) -> Generator[BinaryIO]:
     except OSError as error:
         raise AdapterUnavailable(f"{path.name} can't be read: {error.strerror}") from error
     status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
+    if not stat.S_ISREG(status.st_mode) or status.st_size > limit:
         os.close(descriptor)
-        raise AdapterRefused(f"{path.name} is not a regular file")
+        if not stat.S_ISREG(status.st_mode):
+            raise AdapterRefused(f"{path.name} is not a regular file")
+        raise AdapterRefused(f"{path.name} has {status.st_size:,} bytes; at most {limit:,} are read")
     with open(descriptor, "rb") as file:
-        if status.st_size > limit:
-            raise AdapterRefused(f"{path.name} has {status.st_size:,} bytes; at most {limit:,} are read")
         try:
             yield file
         except OSError as error:
@@ -87,11 +89,28 @@ def open_regular(path: Path, limit: int) -> Generator[BinaryIO]:
 
 
 def parse_json(data: bytes, what: str) -> Any:
-    """JSON without duplicate keys, constants that JSON lacks, or nesting that no file needs. Raises AdapterRefused."""
+    """JSON without duplicate keys, constants that JSON lacks, half characters, or nesting that no file needs.
+
+    Raises AdapterRefused.
+    """
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
+        value = json.loads(
+            data.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant, parse_int=_integer
+        )
+        _check(value)
+    except UnicodeEncodeError:
+        raise AdapterRefused(f"{what} is not valid JSON: a string holds half a surrogate pair") from None
+    except RecursionError:
+        raise AdapterRefused(f"{what} is not valid JSON: nested deeper than {_MAX_DEPTH}") from None
+    except ValueError as error:
         raise AdapterRefused(f"{what} is not valid JSON: {error}") from None
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it: not all of a megabyte."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}..."
 
 
 def read_headers(file: BinaryIO, what: str) -> dict[str, TensorHeader]:
@@ -104,12 +123,15 @@ def read_headers(file: BinaryIO, what: str) -> dict[str, TensorHeader]:
         )
     if length > MAX_HEADER_BYTES:
         raise AdapterRefused(f"{what} has a header of {length:,} bytes; at most {MAX_HEADER_BYTES:,} are read")
-    raw = parse_json(file.read(length), f"the header of {what}")
+    header = file.read(length)
+    if len(header) < length:
+        raise AdapterUnavailable(f"{what} became shorter while it was read")
+    raw = parse_json(header, f"the header of {what}")
     if not isinstance(raw, dict):
         raise AdapterRefused(f"the header of {what} holds {type(raw).__name__}, expected an object")
     entries = cast("dict[str, Any]", raw)
-    metadata: Any = entries.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in cast("dict[str, Any]", metadata).values()):
+    metadata = entries.pop("__metadata__", None)
+    if metadata is not None and not _strings(metadata):
         raise AdapterRefused(f"__metadata__ of {what} is not an object of strings")
     if len(entries) > MAX_TENSORS:
         raise AdapterRefused(f"{what} holds {len(entries)} tensors, at most {MAX_TENSORS} are read")
@@ -141,11 +163,11 @@ def chunks(file: BinaryIO, header: TensorHeader, what: str) -> Iterator[bytes]:
 def _header(name: str, entry: Any, data_start: int) -> TensorHeader:
     if len(name) > _MAX_NAME_CHARS:
         raise AdapterRefused(f"a tensor's name has {len(name)} characters: {name[:40]!r}...")
-    fields = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
+    fields: dict[str, Any] = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {}
     if set(fields) != {"dtype", "shape", "data_offsets"}:
         raise AdapterRefused(f"tensor {name!r} has no dtype, shape and data_offsets alone in the header")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    if dtype not in _SIZES:
+    if not isinstance(dtype, str) or dtype not in _SIZES:
         raise AdapterRefused(f"tensor {name!r} is {str(dtype)[:20]}; expected one of {', '.join(_SIZES)}")
     if not _naturals(shape) or len(shape) > 8:
         raise AdapterRefused(f"tensor {name!r} has shape {str(shape)[:60]}; expected a list of sizes")
@@ -162,6 +184,10 @@ def _header(name: str, entry: Any, data_start: int) -> TensorHeader:
     return TensorHeader(dtype, tuple(shape), data_start + offsets[0], nbytes)
 
 
+def _strings(value: Any) -> bool:
+    return isinstance(value, dict) and all(isinstance(text, str) for text in cast("dict[str, Any]", value).values())
+
+
 def _naturals(values: Any) -> bool:
     return isinstance(values, list) and all(
         type(value) is int and 0 <= value < 1 << 48 for value in cast("Sequence[Any]", values)
@@ -175,6 +201,30 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"the key {name[:80]!r} comes twice")
         found[name] = value
     return found
+
+
+def _check(value: Any) -> None:
+    """Raises ValueError for nesting deeper than _MAX_DEPTH or a string that UTF-8 can't hold."""
+    level: list[Any] = [value]
+    for _ in range(_MAX_DEPTH + 1):
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, str):
+                item.encode()
+            elif isinstance(item, dict):
+                below += cast("dict[str, Any]", item).keys()
+                below += cast("dict[str, Any]", item).values()
+            elif isinstance(item, list):
+                below += cast("list[Any]", item)
+        level = below
+    if level:
+        raise ValueError(f"nested deeper than {_MAX_DEPTH}")
+
+
+def _integer(text: str) -> int:
+    if text == "-0":  # an integer to Python, a float to the safetensors library
+        raise ValueError("-0 is no integer")
+    return int(text)
 
 
 def _no_constant(text: str) -> Any:

@@ -1,10 +1,12 @@
 """What a folder's files say before any value is read: a misfit is refused by name, the digest is the content."""
 
+import errno
 import json
 import os
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -128,7 +130,7 @@ def test_a_file_larger_than_the_limit_is_not_read(tmp_path: Path) -> None:
 def test_a_file_that_is_no_safetensors_is_refused(content: bytes, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path)
     (folder / WEIGHTS_FILE).write_bytes(content)
-    with pytest.raises(AdapterRefused, match=r"not a valid safetensors file|header of .* holds list"):
+    with pytest.raises(AdapterRefused, match=r"not a valid safetensors file|holds list"):
         inspect_adapter(folder, "a", SHAPE)
 
 
@@ -151,21 +153,11 @@ def test_a_pickle_is_not_read_and_the_way_out_is_named(tmp_path: Path) -> None:
         inspect_adapter(folder, "a", SHAPE)
 
 
-def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+def test_what_cannot_be_opened_may_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_adapter(tmp_path)
-    (folder / WEIGHTS_FILE).unlink()
-    (folder / WEIGHTS_FILE).mkdir()
-    with pytest.raises(AdapterRefused, match=r"adapter_model\.safetensors is not a regular file"):
+    monkeypatch.setattr(os, "open", Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(AdapterUnavailable, match=f"{WEIGHTS_FILE} can't be read: Input/output error"):
         inspect_adapter(folder, "a", SHAPE)
-
-
-def test_what_cannot_be_read_may_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> int:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(os, "open", broken)
-    with pytest.raises(AdapterUnavailable, match="can't be read: Permission denied"):
-        inspect_adapter(write_adapter(tmp_path), "a", SHAPE)
 
 
 def backwards(weights: Weights) -> bytes:
