@@ -3,11 +3,13 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from adapters.adapter import Adapter, AdapterRef, LoraPair, ModuleKey, WeightedAdapter
 from adapters.arena import Arena
+from adapters.golden import Golden
 from adapters.residency import Residency
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
@@ -59,9 +61,10 @@ class Toy:
         } | limits
         self.gates: dict[str, threading.Event] = {}
         self.errors: dict[str, Exception] = {}
+        self.golden: dict[str, Golden] = {}  # by digest
         self.runner = ToyRunner()
         arena = Arena(resident * ADAPTER_BYTES, CPU, torch.float32)
-        self.residency = Residency(self._load, arena)
+        self.residency = Residency(self._load, arena, host_cache=limits.get("host_cache", 0))
         self.engine = Engine(EngineConfig(**limits), self.runner, self.residency, EOS, VOCAB)
 
     def _load(self, ref: AdapterRef) -> Adapter:
@@ -69,7 +72,7 @@ class Toy:
             assert self.gates[ref.digest].wait(10)
         if ref.digest in self.errors:
             raise self.errors[ref.digest]
-        return toy_adapter(ref.digest)
+        return replace(toy_adapter(ref.digest), golden=self.golden.get(ref.digest))
 
     def add(self, name: str, adapter: str | None = None, prompt: int = 3, **fields: object) -> None:
         """`adapter`: one, or several joined by "+"."""
