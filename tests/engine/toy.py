@@ -52,8 +52,8 @@ class ToyRunner:
 class Toy:
     """An engine over the toy; adapters load at once unless `gates` holds an event for them."""
 
-    def __init__(self, resident: int = 32, **limits: int) -> None:
-        """`resident`: how many adapters the arena holds."""
+    def __init__(self, resident: int = 32, dtype: torch.dtype = torch.float32, **limits: int) -> None:
+        """`resident`: how many adapters the arena holds; its `dtype` says how closely golden logprobs are compared."""
         limits = {
             "max_batch_size": 2,
             "max_model_len": 32,
@@ -63,7 +63,7 @@ class Toy:
         self.errors: dict[str, Exception] = {}
         self.golden: dict[str, Golden] = {}  # by digest
         self.runner = ToyRunner()
-        arena = Arena(resident * ADAPTER_BYTES, CPU, torch.float32)
+        arena = Arena(resident * ADAPTER_BYTES * dtype.itemsize // 4, CPU, dtype)
         self.residency = Residency(self._load, arena, host_cache=limits.get("host_cache", 0))
         self.engine = Engine(EngineConfig(**limits), self.runner, self.residency, EOS, VOCAB)
 
