@@ -135,7 +135,7 @@ class GoldenReplay:
         if mean > self.tolerance.mean:
             return _mismatch(
                 f"the logprobs of {len(gaps)} tokens are {mean:.3f} off on average, tolerance {self.tolerance.mean:g}, "
-                f"most of all {max(gaps)[1]}"
+                f"most of all {max(gaps, key=lambda each: each[0])[1]}"
             )
         return failed
 

@@ -9,7 +9,7 @@ import torch
 from adapters.golden import Golden, GoldenPrompt
 from adapters.status import AdapterStatus
 from server.engine.types import DIVERGED, ErrorKind, FinishReason, Sequence, SequenceOutput
-from tests.engine.toy import EOS, Toy, Toys
+from tests.engine.toy import EOS, Toy, Toys, ref
 
 
 def golden(*tokens: int, prompt: int = 3, logprob: float = -0.5) -> Golden:
@@ -93,7 +93,10 @@ def test_others_are_not_held_up_and_it_is_loading_and_pinned(toys: Toys) -> None
     said = steps_until(toy, "base")
     assert {o.request_id for o in said} == {"base"}
     assert toy.residency.status("a") is AdapterStatus.LOADING
-    toy.preload("c")  # there is no room for it
+    for _ in range(5):
+        toy.residency.prefetch(ref("c"))  # there is no room for it
+        toy.residency.poll()
+        time.sleep(0.001)
     assert toy.residency.status("a") is AdapterStatus.LOADING
     toy.add("b", "b", max_tokens=1)  # wants its room
     done = toy.run()
