@@ -47,8 +47,8 @@ class Residency:
     evicted, and until all of it has its place, nothing else gets one. Two groups can't take turns at evicting each
     other's halves, and what fits into the arena alone is sure to run.
 
-    An adapter that brought golden prompts is LOADING, and pinned, until the engine has asked `take_unproved` for them and
-    said by `end_proof` how they went.
+    An adapter that brought golden prompts is LOADING, and pinned, until the engine has asked `take_unproved` for them
+    and said by `end_proof` how they went.
     """
 
     def __init__(

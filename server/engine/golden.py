@@ -112,13 +112,14 @@ class GoldenReplay:
     def _judge(self, proof: _Proof) -> AdapterError | None:
         """What doesn't match, in the order of the file; else why a part could not be computed; else None.
 
-        A token's logprob must be within the tolerance of the golden one, and so must another token's: where the best two
-        are that close either may come first. What follows is another text, which isn't compared.
+        A token's logprob must be within the tolerance of the golden one, and so must another token's: where the best
+        two are that close either may come first. What follows is another text, which isn't compared.
         """
         failed: AdapterError | None = None
         gaps: list[tuple[float, str]] = []  # nats, and where and what
         for i, prompt, sequence in proof.parts:
-            for at, (token, logprob) in enumerate(zip(sequence.output_ids, sequence.logprobs, strict=True)):
+            for at, token in enumerate(sequence.output_ids):
+                logprob = sequence.logprobs[at]
                 gap = abs(logprob - prompt.logprobs[at])
                 gaps.append((gap, f"{_where(i, prompt, at)}, got {token} ({logprob:.3f})"))
                 if not gap <= self.tolerance.token:  # NaN isn't, either
@@ -130,7 +131,9 @@ class GoldenReplay:
                     at = len(sequence.output_ids)
                     return _mismatch(f"{_where(i, prompt, at)}, got logits that are not finite")
             if sequence.finish_reason is not FinishReason.LENGTH and not sequence.diverged and failed is None:
-                failed = AdapterUnavailable(f"{GOLDEN_FILE} could not be replayed: {sequence.error or 'it was aborted'}")
+                failed = AdapterUnavailable(
+                    f"{GOLDEN_FILE} could not be replayed: {sequence.error or 'it was aborted'}"
+                )
         mean = sum(gap for gap, _ in gaps) / max(1, len(gaps))
         if mean > self.tolerance.mean:
             return _mismatch(
@@ -142,9 +145,7 @@ class GoldenReplay:
 
 def _where(index: int, prompt: GoldenPrompt, at: int) -> str:
     text = prompt.prompt if len(prompt.prompt) <= 60 else f"{prompt.prompt[:60]}..."
-    return (
-        f"prompt {index} {text!r}, token {at}: expected {prompt.token_ids[at]} (logprob {prompt.logprobs[at]:.3f})"
-    )
+    return f"prompt {index} {text!r}, token {at}: expected {prompt.token_ids[at]} (logprob {prompt.logprobs[at]:.3f})"
 
 
 def _mismatch(what: str) -> AdapterRefused:
