@@ -104,8 +104,8 @@ class GoldenReplay:
                 ids: Seq[int] = getattr(prompt, field)
                 if max(ids) >= self._vocab_size:
                     return AdapterRefused(
-                        f"{GOLDEN_FILE}: prompts[{i}].{field} holds {max(ids)}, the base has {self._vocab_size} tokens: "
-                        "the adapter was made on another base"
+                        f"{GOLDEN_FILE}: prompts[{i}].{field} holds {max(ids)}, the base has {self._vocab_size} "
+                        "tokens: the adapter was made on another base"
                     )
         return None
 

@@ -11,8 +11,7 @@ from server.api.loop import EngineLoop
 from server.api.messages import EngineInfo, Forget, Frame
 from server.engine.types import AdapterChange, StepStats
 from server.metrics import Metrics
-from tests.engine.conftest import toys  # noqa: F401
-from tests.engine.toy import Toys
+from tests.engine.toy import Toy
 
 
 def info(pid: int = 0) -> EngineInfo:
@@ -55,8 +54,8 @@ def test_the_link_keeps_where_adapters_stand_until_the_worker_dies() -> None:
     asyncio.run(life())
 
 
-def test_the_worker_forgets_what_it_is_told_to(toys: Toys) -> None:
-    toy = toys()
+def test_the_worker_forgets_what_it_is_told_to() -> None:
+    toy = Toy()
     toy.preload("a", "b")
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     inbox.put(Forget("an earlier worker", "b"))
@@ -65,3 +64,4 @@ def test_the_worker_forgets_what_it_is_told_to(toys: Toys) -> None:
     assert (outputs, ponged, told) == ([], False, True), "a step follows, which tells of it"
     changes = {digest: status for digest, status, _ in toy.engine.step().stats.residency}
     assert changes == {"a": "absent", "b": "ready"}
+    toy.engine.close()
