@@ -60,7 +60,7 @@ lock:
 	.venv-lock/bin/pip install --disable-pip-version-check -q $(PIP_ARGS) torch==2.13.0
 	.venv-lock/bin/pip install --disable-pip-version-check -q $(PIP_ARGS) -e '.[dev]'
 	{ echo "# CPU lock: exact versions for Python 3.11, installed by the Makefile. Made by 'make lock'."; \
-	  .venv-lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//'; } > requirements/cpu.lock
+	  .venv-lock/bin/pip freeze --exclude-editable | sed 's/+cpu$$//; s/^triton==.*/&; platform_system == "Linux"/'; } > requirements/cpu.lock
 	rm -rf .venv-lock
 
 # Resolve the container's lock anew: CUDA torch for Linux x86_64, and the CPU lock's versions wherever both have a package.

@@ -42,10 +42,10 @@ class Residency:
     run on a thread each, and `poll` publishes what has ended. The least recently used adapter makes room, but none that
     a running sequence uses, and none that was asked for since the last poll: it is about to run.
 
-    Adapters are asked for in groups, those that one request composes, and a group runs when all of it is READY. When one
-    of them has waited for room for too long, its group is claimed: until it runs or is given up, nothing of it is
-    evicted, and until all of it has its place, nothing else gets one. Two groups can't take turns at evicting each
-    other's halves, and what fits into the arena alone is sure to run.
+    Adapters are asked for in groups, those that one request composes; a group runs when all of it is READY. When one of
+    them has waited for room for too long, its group is claimed: until it runs or is given up, nothing of it is evicted,
+    and until all of it has its place, nothing else gets one. Two groups can't take turns at evicting each other's
+    halves, and what fits into the arena is sure to run.
 
     An adapter that brought golden prompts is LOADING, and pinned, until the engine has asked `take_unproved` for them
     and said by `end_proof` how they went.
@@ -298,7 +298,7 @@ class Residency:
         return place
 
     def _misfit(self, digests: Collection[str]) -> AdapterRefused | None:
-        """Why adapters, all of which have been read, can't be on the device together; None if they can or one hasn't."""
+        """Why adapters can't be on the device together; None if they can, or if one of them has not been read."""
         if len(digests) < 2:
             return None
         if len(digests) >= self._residents.slots:

@@ -21,6 +21,7 @@ X86 = {
     "avx512": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
+X86_NAMES, ARM_NAMES = ("x86_64", "amd64"), ("aarch64", "arm64")  # of platform.machine(), in lower case
 
 
 def library() -> Path:
@@ -33,7 +34,7 @@ def build(compiler: str) -> Path:
     """Compile and link. Raises subprocess.CalledProcessError with the compiler's words."""
     target = library()
     target.parent.mkdir(exist_ok=True)
-    sets = {"plain": ["-DVL=4"]} | (X86 if platform.machine() in ("x86_64", "AMD64") else {})
+    sets = {"plain": ["-DVL=4"]} | (X86 if platform.machine().lower() in X86_NAMES else {})
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         jobs = [
             ([compiler, *FLAGS, f"-DISA={name}", *flags, "-c", str(SOURCES / "kernels.cpp")], f"{scratch}/{name}.o")
@@ -56,7 +57,10 @@ def build(compiler: str) -> Path:
 
 
 def main() -> int:
-    """The exit status: 0, also without a compiler; 1 if compiling fails."""
+    """The exit status: 0, also without a compiler or on another processor; 1 if compiling fails."""
+    if (machine := platform.machine()).lower() not in X86_NAMES + ARM_NAMES:
+        print(f"kernels: none for {machine}, only x86-64 and 64-bit ARM; the server will compute with torch alone")
+        return 0
     if library().is_file():
         return 0
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")

@@ -2,8 +2,8 @@
 
     Y += ((X A^T) * M) B      X [N, in], A [R, in], B [R, out], Y [N, out], R = the sum of the adapters' ranks
 
-A and B stack the weights of all adapters of the batch by rank rows; M [N, R] holds, for each row, the weights of its own
-adapters in their columns and 0 elsewhere, so a row's sum holds its own terms and exact zeros. A and B change only when
+A and B stack the matrices of all adapters of the batch by rank rows; M [N, R] holds, for each row, its own adapters'
+weights in their columns and 0 elsewhere, so a row's sum holds its own terms and exact zeros. A and B change only when
 the set of adapters does.
 """
 

@@ -43,8 +43,8 @@ class LoraMeta:
     @classmethod
     def of(cls, buffer: torch.Tensor) -> "LoraMeta":
         """The parts of a [5, N] int32 buffer, or of its copy on the device, as views."""
-        *parts, weight = buffer.unbind(0)
-        return cls(*parts, weight.view(torch.float32))
+        order, tile_start, tile_count, tile_slot, weight = buffer.unbind(0)
+        return cls(order, tile_start, tile_count, tile_slot, weight.view(torch.float32))
 
 
 def write_meta(slots: Sequence[int], weights: Sequence[float], buffer: torch.Tensor, tile: int = TILE) -> None:
@@ -160,10 +160,10 @@ def _shrink(
 def _expand(
     y: tl.tensor, arena: tl.tensor, table: tl.tensor, order: tl.tensor, tile_start: tl.tensor, tile_count: tl.tensor,
     tile_slot: tl.tensor, xa: tl.tensor, weight: tl.tensor, y_stride: tl.tensor, part_stride: tl.tensor,
-    row_stride: tl.tensor, OUT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
+    row_stride: tl.tensor, OUT: tl.constexpr, PARTS: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y[row, n] += sum over r of weight[row] (sum over parts of xa[part, start + i, r]) B[r, n], row = order[start + i].
+    """y[m, n] += sum over r of weight[m] (sum over parts of xa[part, start + i, r]) B[r, n], m being order[start + i].
 
     A program each for a tile and a block of n.
     """

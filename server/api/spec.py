@@ -150,7 +150,11 @@ class ChorusSpec(LitSpec):
                 f"has {len(ids)} tokens; the model has {self.state.max_model_len} positions for prompt and output",
             )
         request = Request(
-            uuid.uuid4().hex, tuple(ids), params(room), alone(adapter.ref if adapter else None), time.monotonic(),
+            uuid.uuid4().hex,
+            tuple(ids),
+            params(room),
+            alone(adapter.ref if adapter else None),
+            time.monotonic(),
             stream,
         )
         return Generation(request, adapter, request_id_of(http, request.request_id))

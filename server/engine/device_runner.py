@@ -129,15 +129,19 @@ class DeviceRunner:
     def _write(self, items: Seq[ScheduledSequence], inputs: StepInputs, size: int) -> list[Mix]:
         """Fill the host's arrays for `size` tokens; what is left over after the items is padding. Their adapters."""
         vocab, padding_row = self._model.config.vocab_size, self._padding_row
-        digests = dict.fromkeys(digest for item in items for digest in item.sequence.digests)
-        adapters = {digest: self._adapter(digest) for digest in digests}
         tokens = [
             (sequence := item.sequence, sequence.num_computed + i) for item in items for i in range(item.num_new_tokens)
         ]
+        digests = dict.fromkeys(digest for item in items for digest in item.sequence.digests)
+        adapters = {digest: self._adapter(digest) for digest in digests}
         ends = accumulate(item.num_new_tokens for item in items)
         sampled = [(end - 1, item.sequence) for end, item in zip(ends, items, strict=True) if item.samples]
         params = [sequence.request.sampling_params for _, sequence in sampled]
-        columns: dict[str, tuple[list[float], float]] = {  # and what pads them
+        draws = [
+            uniform(p.seed, len(sequence.output_ids)) if p.temperature else 0.0
+            for p, (_, sequence) in zip(params, sampled, strict=True)
+        ]
+        columns: dict[str, tuple[Seq[float | None], float]] = {  # and what pads them
             "token_ids": ([sequence.token_at(position) for sequence, position in tokens], 0),
             "positions": ([position for _, position in tokens], 0),
             "rows": ([sequence.row for sequence, _ in tokens], padding_row),
@@ -145,7 +149,7 @@ class DeviceRunner:
             "sample_rows": ([sequence.row for _, sequence in sampled], padding_row),
             "top_k": ([p.top_k or vocab for p in params], vocab),
             "wanted": ([p.logprobs for p in params], 0),
-            "uniform": ([uniform(s.request.sampling_params.seed, len(s.output_ids)) for _, s in sampled], 0),
+            "uniform": (draws, 0),
             "temperature": ([max(p.temperature, COLDEST) if p.temperature else 0.0 for p in params], 0),
             "top_p": ([p.top_p for p in params], 1),
             "penalty": ([p.repetition_penalty for p in params], 1),

@@ -87,7 +87,7 @@ def test_every_package_is_copied() -> None:
 def test_the_gpu_lock_pins_what_the_project_needs() -> None:
     def read(name: str) -> dict[str, str]:
         lines = (ROOT / "requirements" / name).read_text().splitlines()
-        pinned = [line.split("==") for line in lines if line and not line.startswith("#")]
+        pinned = [line.split(";")[0].split("==") for line in lines if line and not line.startswith("#")]
         return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in pinned}
 
     gpu, cpu = read("gpu.lock"), read("cpu.lock")

@@ -13,6 +13,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from adapters.adapter import WeightedAdapter
 from adapters.slots import SlotTable
 from server.engine import cuda_graph
 from server.engine.cuda_graph import Graphs, Work, buckets
@@ -49,9 +50,16 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def requests(folders: dict[str, Path]) -> list[Request]:
-    """Adapters of several projections and ranks, greedy and sampled with everything that sampling has."""
+    """Adapters of several projections and ranks, some composed; greedy, and sampled with all that sampling has."""
     rng = random.Random(0)
-    refs = [None, *(adapter_ref(folders["base"], folders[name]) for name in TARGETS)]
+    a, b, c = (adapter_ref(folders["base"], folders[name]) for name in TARGETS)
+    refs = [
+        None,
+        a,
+        b,
+        c,
+        *(tuple(map(WeightedAdapter, *mix)) for mix in (((a, c), (0.6, -0.8)), ((c, b, a), (1, 0.2, 0.5)))),
+    ]
     ways = (
         {},
         {"temperature": 0.8, "top_p": 0.8, "logprobs": True},
@@ -60,7 +68,7 @@ def requests(folders: dict[str, Path]) -> list[Request]:
     )
     return [
         request(i, prompt, refs[i % len(refs)], max_tokens=rng.randrange(1, 7), seed=i, **ways[i // 2 % len(ways)])
-        for i, prompt in enumerate(make_prompts(9, seed=4, longest=14))
+        for i, prompt in enumerate(make_prompts(11, seed=4, longest=14))
     ]
 
 

@@ -1,6 +1,7 @@
-"""Random lives of requests: rows, pins and counts come out even, and everything is answered exactly once."""
+"""Random lives of requests, on one adapter or several: rows, pins and counts come out even, all is answered once."""
 
 import threading
+from collections import Counter
 
 import pytest
 from hypothesis import settings
@@ -29,7 +30,10 @@ class Lives(RuleBasedStateMachine):
         self.aborted: set[str] = set()
 
     @rule(
-        adapter=st.sampled_from([None, *ADAPTERS]),
+        adapter=st.one_of(
+            st.sampled_from([None, *ADAPTERS]),
+            st.lists(st.sampled_from(ADAPTERS), min_size=2, max_size=4, unique=True).map("+".join),
+        ),
         prompt=st.integers(1, 20),
         max_tokens=st.integers(1, 8),
         stream=st.booleans(),
@@ -97,6 +101,8 @@ class Lives(RuleBasedStateMachine):
             assert account.level(queue._floor) <= queue._floor + spread
         assert queue._floor <= queue._clock
         assert len(scheduler.running) + scheduler.rows.num_free == config.max_batch_size
+        pins = Counter(digest for s in scheduler.running.values() for digest in s.digests)
+        assert pins == {digest: slot.pins for digest, slot in self.toy.residency._slots._slots.items() if slot.pins}
 
     def teardown(self) -> None:
         if not hasattr(self, "toy"):

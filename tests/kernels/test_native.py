@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(not library().is_file(), reason="no C++ compiler
 DTYPES = (torch.float32, torch.bfloat16)
 # bf16 results are rounded to 8 bits; sums are taken in fp32 in another order than torch's.
 CLOSE = {torch.float32: {"rtol": 1e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2}}
+LARGE_BLOCK = 256 << 10  # bytes, as in kernels/cpu/linear.h
 
 
 @pytest.fixture(params=["plain", "avx2", "avx512", "avx512_bf16"])
@@ -39,6 +40,19 @@ def test_linear(native: Native, dtype: torch.dtype) -> None:
         torch.testing.assert_close(native.linear(x, packed, torch.empty(m, n)), expected, **CLOSE[dtype])
         rounded = native.linear(x, packed, torch.empty(m, n, dtype=dtype))
         torch.testing.assert_close(rounded, expected.to(dtype), **CLOSE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_of_many_rows_and_a_panel_longer_than_a_block(native: Native, dtype: torch.dtype) -> None:
+    """48 rows make a group; from 19 on it reads large blocks, whose sums wait in memory for the next one."""
+    torch.manual_seed(7)
+    depth, n = LARGE_BLOCK // (native._panel * dtype.itemsize), native._panel + 3
+    for k in (64, depth + 66):
+        weight, bias, x = rand(k, n, dtype=dtype, size=k**-0.5), rand(n, dtype=dtype), rand(130, k, dtype=dtype)
+        packed, expected = native.pack(weight, bias), reference.linear(x.float(), weight.float(), bias.float())
+        for m in (48, 49, 64, 97, 130):
+            ours = native.linear(x[:m], packed, torch.empty(m, n))
+            torch.testing.assert_close(ours, expected[:m], **CLOSE[torch.float32])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -127,7 +141,9 @@ def test_lora(native: Native, dtype: torch.dtype, popularity: str) -> None:
             "distinct": [[(i % 4, 1.0)] for i in range(m)],
             "one": [[(1, 1.0)]] * m,
             "mixed": [([], [(2, 1.0)], [(0, -0.5)], [], [(3, 1.0)])[i % 5] for i in range(m)],
-            "composed": [([(0, 0.7), (3, -0.3)], [], [(1, 1.0)], [(0, 1.0), (1, 1.5), (2, -2.0)])[i % 4] for i in range(m)],
+            "composed": [
+                ([(0, 0.7), (3, -0.3)], [], [(1, 1.0)], [(0, 1.0), (1, 1.5), (2, -2.0)])[i % 4] for i in range(m)
+            ],
         }
         mixes = choice[popularity]
         key = ModuleKey(0, "attn.c_attn")
