@@ -41,8 +41,8 @@ def make() -> Iterator[Make]:
 
 def settle(residency: Residency) -> None:
     """Let the threads end what they have."""
-    residency._reader.submit(int).result()
-    residency._copier.submit(int).result()
+    residency._reader._executor.submit(int).result()
+    residency._residents._copier.submit(int).result()
 
 
 def until_known(residency: Residency, *digests: str, others: tuple[str, ...] = ()) -> AdapterStatus:

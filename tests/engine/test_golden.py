@@ -257,3 +257,13 @@ def test_figures_are_of_requests_alone_and_changes_are_told(toys: Toys) -> None:
     assert refusal[0] == "bad"
     assert refusal[2] is not None
     assert refusal[2].startswith("golden.json: prompt 0")
+
+
+def test_adapters_that_are_composed_are_proved_each_alone(toys: Toys) -> None:
+    toy = toys(resident=2)
+    toy.golden |= {"a": golden(0, 1), "b": golden(0, 1)}
+    toy.add("r", "a+b", max_tokens=2)
+    toy.add("other", "c", max_tokens=2)
+    done = toy.run()
+    assert [done[name].error for name in ("r", "other")] == [None, None]
+    assert sorted(proofs(toy)) == ["golden/a/0", "golden/b/0"]
