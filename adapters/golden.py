@@ -1,7 +1,8 @@
 """Golden prompts: what an adapter's author got of it, greedily, beside its weights. Works without torch.
 
-golden.json: {"format_version": 1, "base_model": str, "dtype": str, "prompts": [{"prompt": str, "prompt_token_ids":
-[int], "token_ids": [int], "logprobs": [float]}]}. An engine that gives other tokens has another base, or other weights.
+golden.json: {"format_version": 1, "base_model": str, "dtype": str, "prompts": [{"prompt": str,
+"prompt_token_ids": [int], "token_ids": [int], "logprobs": [float]}]}. An engine that gives other tokens has another
+base, or other weights.
 """
 
 import math

@@ -156,7 +156,7 @@ def document_errors(app: FastAPI) -> None:
     }
     answer = {"description": "Refused: `error` names the field", "content": {"application/json": {"schema": schema}}}
     for route in app.routes:
-        if isinstance(route, APIRoute) and route.body_field is not None:
+        if isinstance(route, APIRoute):
             route.responses[422] = answer
 
 

@@ -19,8 +19,20 @@ from server.engine.types import FinishReason, Request, SamplingParams, Sequence
 
 logger = logging.getLogger(__name__)
 
-FP32_TOLERANCE, HALF_TOLERANCE = 1e-3, 0.1
-"""Between our logprob of a token and the golden one, nats: in float32, and in the two halves of its size."""
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far logprobs may lie from the golden ones, nats."""
+
+    token: float  # at any token
+    mean: float  # over all tokens of the adapter that are compared
+
+
+TOLERANCES = {
+    torch.float32: Tolerance(1e-3, 1e-3),
+    torch.float16: Tolerance(0.03, 0.01),
+    torch.bfloat16: Tolerance(0.25, 0.05),
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,7 @@ class GoldenReplay:
     ) -> None:
         self._scheduler, self._residency = scheduler, residency
         self._max_model_len, self._vocab_size = max_model_len, vocab_size
-        self.tolerance = FP32_TOLERANCE if dtype is torch.float32 else HALF_TOLERANCE
+        self.tolerance = TOLERANCES[dtype]
         self._proofs: list[_Proof] = []
 
     def start(self) -> None:
@@ -98,40 +110,46 @@ class GoldenReplay:
         return None
 
     def _judge(self, proof: _Proof) -> AdapterError | None:
-        """What doesn't match, in the order of the file; else why a part could not be computed; else None."""
+        """What doesn't match, in the order of the file; else why a part could not be computed; else None.
+
+        A token's logprob must be within the tolerance of the golden one, and so must another token's: where the best
+        two are that close either may come first. What follows is another text, which isn't compared.
+        """
         failed: AdapterError | None = None
+        gaps: list[tuple[float, str]] = []  # nats, and where and what
         for i, prompt, sequence in proof.parts:
-            if sequence.finish_reason is FinishReason.LENGTH or sequence.diverged:
-                if (error := self._compare(i, prompt, sequence)) is not None:
-                    return error
-            elif failed is None:
+            for at, token in enumerate(sequence.output_ids):
+                logprob = sequence.logprobs[at]
+                gap = abs(logprob - prompt.logprobs[at])
+                gaps.append((gap, f"{_where(i, prompt, at)}, got {token} ({logprob:.3f})"))
+                if not gap <= self.tolerance.token:  # NaN isn't, either
+                    return _mismatch(f"{gaps[-1][1]}, tolerance {self.tolerance.token:g}")
+                if token != prompt.token_ids[at]:
+                    break
+            else:
+                if sequence.diverged:
+                    at = len(sequence.output_ids)
+                    return _mismatch(f"{_where(i, prompt, at)}, got logits that are not finite")
+            if sequence.finish_reason is not FinishReason.LENGTH and not sequence.diverged and failed is None:
                 failed = AdapterUnavailable(
                     f"{GOLDEN_FILE} could not be replayed: {sequence.error or 'it was aborted'}"
                 )
+        mean = sum(gap for gap, _ in gaps) / max(1, len(gaps))
+        if mean > self.tolerance.mean:
+            return _mismatch(
+                f"the logprobs of {len(gaps)} tokens are {mean:.3f} off on average, tolerance {self.tolerance.mean:g}, "
+                f"most of all {max(gaps, key=lambda each: each[0])[1]}"
+            )
         return failed
 
-    def _compare(self, index: int, prompt: GoldenPrompt, sequence: Sequence) -> AdapterRefused | None:
-        """A token's logprob must be within the tolerance of the golden one.
 
-        So must another token's: where the best two are that close, either may come first, and what follows is another
-        text, which isn't compared.
-        """
-        got = zip(sequence.output_ids, sequence.logprobs, strict=True)
-        for at, (token, logprob) in enumerate(got):
-            expected, golden = prompt.token_ids[at], prompt.logprobs[at]
-            if not abs(logprob - golden) <= self.tolerance:  # NaN isn't, either
-                return _mismatch(index, prompt, at, f"got {token} ({logprob:.3f}), tolerance {self.tolerance:g}")
-            if token != expected:
-                return None
-        if sequence.diverged:
-            return _mismatch(index, prompt, len(sequence.output_ids), "got logits that are not finite")
-        return None
-
-
-def _mismatch(index: int, prompt: GoldenPrompt, at: int, got: str) -> AdapterRefused:
+def _where(index: int, prompt: GoldenPrompt, at: int) -> str:
     text = prompt.prompt if len(prompt.prompt) <= 60 else f"{prompt.prompt[:60]}..."
+    return f"prompt {index} {text!r}, token {at}: expected {prompt.token_ids[at]} (logprob {prompt.logprobs[at]:.3f})"
+
+
+def _mismatch(what: str) -> AdapterRefused:
     return AdapterRefused(
-        f"{GOLDEN_FILE}: prompt {index} {text!r}, token {at}: expected {prompt.token_ids[at]} "
-        f"(logprob {prompt.logprobs[at]:.3f}), {got}: the adapter was made on another base, or its files don't belong "
-        f"together: retrain it here, or remove {GOLDEN_FILE} and load it anew"
+        f"{GOLDEN_FILE}: {what}: the adapter was made on another base, or its files don't belong together: "
+        f"retrain it here, or remove {GOLDEN_FILE} and load it anew"
     )

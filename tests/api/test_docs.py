@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters.adapter import AdapterRef
 from server import metrics, settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,10 +54,27 @@ def test_a_variable_that_names_no_setting_is_told_wherever_it_stands(
 def test_adapter_labels_are_bounded() -> None:
     made = metrics.Metrics("gpt2", 8)
     for i in range(metrics.MAX_ADAPTER_LABELS + 50):
-        made.observe_request(f"a{i}", 1, 2, "eos", 0.1, None)
+        made.observe_request([AdapterRef(f"d{i}", f"a{i}", "")], 1, 2, "eos", 0.1, None)
     text = made.render().decode()
     assert text.count("chorus_adapter_requests_total{") == metrics.MAX_ADAPTER_LABELS + 1
     assert 'chorus_adapter_generation_tokens_total{adapter="other",model_name="gpt2"} 100.0' in text
+
+
+def test_the_version_that_answered_last_is_told() -> None:
+    made = metrics.Metrics("gpt2", 8)
+    for digest in ("d1", "d2"):
+        made.observe_request([AdapterRef(digest, "poe", "")], 1, 2, "eos", 0.1, None)
+    lines = [line for line in made.render().decode().splitlines() if line.startswith("chorus_adapter_info{")]
+    assert lines == ['chorus_adapter_info{adapter="poe",digest="d2",model_name="gpt2"} 1.0']
+
+
+def test_a_composition_counts_for_each_of_its_adapters() -> None:
+    made = metrics.Metrics("gpt2", 8)
+    made.observe_request([AdapterRef("d1", "poe", ""), AdapterRef("d2", "twain", "")], 1, 2, "eos", 0.1, None)
+    text = made.render().decode()
+    for name in ("poe", "twain"):
+        assert f'chorus_adapter_requests_total{{adapter="{name}",model_name="gpt2"}} 1.0' in text
+    assert 'chorus_requests_finished_total{finish_reason="eos",model_name="gpt2"} 1.0' in text
 
 
 def test_lora_info_keeps_only_what_is_true_now() -> None:

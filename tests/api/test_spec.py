@@ -8,12 +8,15 @@ from typing import Any, cast
 
 import pytest
 
+from adapters.adapter import AdapterRef, alone
 from adapters.errors import AdapterNotFound
 from server.api.errors import ApiError
 from server.api.openai import OpenAIRoutes
 from server.api.spec import ChorusSpec
 
-MANIFEST = SimpleNamespace(ref=SimpleNamespace(name="poe"), created=0.0)
+REF = AdapterRef("d", "poe", "")
+FOUND = SimpleNamespace(ref=REF)
+HTTP = cast("Any", SimpleNamespace(headers={}))
 
 
 @dataclass
@@ -22,18 +25,18 @@ class Store:
 
     go_on: threading.Event = field(default_factory=threading.Event)
 
-    def known(self, name: str) -> Any:
-        return MANIFEST if name == "poe" else None
+    def known(self, name: str, key: str | None) -> Any:
+        return FOUND if name == "poe" else None
 
-    def get(self, name: str) -> Any:
+    def get(self, name: str, key: str | None) -> Any:
         assert self.go_on.wait(5), "the event loop was blocked"
         if name == "nobody":
             raise AdapterNotFound(name, ["poe"])
-        return MANIFEST
+        return FOUND
 
-    def all(self) -> list[Any]:
+    def servable(self) -> list[Any]:
         assert self.go_on.wait(5), "the event loop was blocked"
-        return [MANIFEST]
+        return [SimpleNamespace(name="poe", created=0.0)]
 
 
 def test_a_slow_disk_does_not_stop_the_event_loop() -> None:
@@ -41,16 +44,16 @@ def test_a_slow_disk_does_not_stop_the_event_loop() -> None:
         store, spec = Store(), ChorusSpec()
         spec.served = cast("Any", SimpleNamespace(store=store, model_name="demo", created=0.0, max_model_len=8))
         slow = [
-            asyncio.ensure_future(spec.adapter("new", "adapter_id")),
-            asyncio.ensure_future(spec.adapter("nobody", "adapter_id")),
+            asyncio.ensure_future(spec.adapters("new", "adapter_id", HTTP)),
+            asyncio.ensure_future(spec.adapters("nobody", "adapter_id", HTTP)),
             asyncio.ensure_future(OpenAIRoutes(spec).models()),
         ]
         await asyncio.sleep(0.05)
-        assert await spec.adapter("poe", "adapter_id") is MANIFEST, "known: not behind what reads"
-        assert await spec.adapter("demo", "adapter_id") is await spec.adapter(None, "adapter_id") is None
+        assert await spec.adapters("poe", "adapter_id", HTTP) == alone(REF), "known: not behind what reads"
+        assert await spec.adapters("demo", "adapter_id", HTTP) == await spec.adapters(None, "adapter_id", HTTP) == ()
         assert not any(task.done() for task in slow)
         store.go_on.set()
-        assert await slow[0] is MANIFEST
+        assert await slow[0] == alone(REF)
         with pytest.raises(ApiError, match="nobody"):
             await slow[1]
         assert [card["id"] for card in (await slow[2])["data"]] == ["demo", "poe"]

@@ -47,13 +47,14 @@ def test_a_tokenizer_of_another_model_exits_1(tmp_path: Path, caplog: pytest.Log
     assert cli.main(["--model", str(base)]) == 1
     assert "the tokenizer has 50257 tokens, the model's vocab_size is 50256" in caplog.text
     (base / "config.json").write_text(json.dumps(config | {"vocab_size": 50304}))
-    served = cli._served(cli.read_settings(["--model", str(base)]), base)
+    served = cli._served(cli.read_settings(["--model", str(base), "--store-dir", str(tmp_path / "store")]), base)
     assert len(served.vocabulary) == 50304, "a vocabulary padded for speed is fine"
 
 
 def test_names_with_a_meaning_of_their_own_are_no_adapters(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("base", "demo", "other", "mine"):
         make_adapter(DEMO_MODEL, tmp_path / name, 1, ["c_attn"], rank=2, size=0.2)
-    served = cli._served(cli.read_settings(["--adapters-dir", str(tmp_path)]), DEMO_MODEL)
-    assert [manifest.ref.name for manifest in served.store.all()] == ["mine"]
+    flags = ["--adapters-dir", str(tmp_path), "--store-dir", str(tmp_path / ".store")]
+    served = cli._served(cli.read_settings(flags), DEMO_MODEL)
+    assert [found.ref.name for found in served.store.all()] == ["mine"]
     assert caplog.text.count("the name is reserved") == 3

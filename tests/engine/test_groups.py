@@ -30,7 +30,7 @@ def test_it_starts_when_all_its_adapters_are_ready_and_pins_them_all(toys: Toys)
     toy.settle()
     stats = toy.engine.step().stats
     assert stats.running_adapters == ("a", "b")
-    assert {digest: slot.pins for digest, slot in toy.residency._slots._slots.items()} == {"a": 1, "b": 1}
+    assert {digest: slot.pins for digest, slot in toy.residency._residents._slots._slots.items()} == {"a": 1, "b": 1}
     toy.add("other", "c", max_tokens=1)
     for _ in range(2):
         toy.engine.step()
@@ -90,8 +90,8 @@ def test_a_group_gets_in_although_singles_never_stop(toys: Toys) -> None:
                 toy.add(f"{name}{i}", name, max_tokens=4)
         if "pair" in steps(toy, 1):
             break
-        toy.residency._reader.submit(int).result()  # what is read now is read
-        toy.residency._copier.submit(int).result()
+        toy.residency._reader._executor.submit(int).result()  # what is read now is read
+        toy.residency._residents._copier.submit(int).result()
     else:
         pytest.fail("the group starves")
     toy.run()

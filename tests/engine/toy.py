@@ -3,11 +3,13 @@
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
 from adapters.adapter import Adapter, AdapterRef, LoraPair, ModuleKey, WeightedAdapter
 from adapters.arena import Arena
+from adapters.golden import Golden
 from adapters.residency import Residency
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
@@ -50,8 +52,8 @@ class ToyRunner:
 class Toy:
     """An engine over the toy; adapters load at once unless `gates` holds an event for them."""
 
-    def __init__(self, resident: int = 32, **limits: int) -> None:
-        """`resident`: how many adapters the arena holds."""
+    def __init__(self, resident: int = 32, dtype: torch.dtype = torch.float32, **limits: int) -> None:
+        """`resident`: how many adapters the arena holds; its `dtype` says how closely golden logprobs are compared."""
         limits = {
             "max_batch_size": 2,
             "max_model_len": 32,
@@ -59,9 +61,10 @@ class Toy:
         } | limits
         self.gates: dict[str, threading.Event] = {}
         self.errors: dict[str, Exception] = {}
+        self.golden: dict[str, Golden] = {}  # by digest
         self.runner = ToyRunner()
-        arena = Arena(resident * ADAPTER_BYTES, CPU, torch.float32)
-        self.residency = Residency(self._load, arena)
+        arena = Arena(resident * ADAPTER_BYTES * dtype.itemsize // 4, CPU, dtype)
+        self.residency = Residency(self._load, arena, host_cache=limits.get("host_cache", 0))
         self.engine = Engine(EngineConfig(**limits), self.runner, self.residency, EOS, VOCAB)
 
     def _load(self, ref: AdapterRef) -> Adapter:
@@ -69,7 +72,7 @@ class Toy:
             assert self.gates[ref.digest].wait(10)
         if ref.digest in self.errors:
             raise self.errors[ref.digest]
-        return toy_adapter(ref.digest)
+        return replace(toy_adapter(ref.digest), golden=self.golden.get(ref.digest))
 
     def add(self, name: str, adapter: str | None = None, prompt: int = 3, **fields: object) -> None:
         """`adapter`: one, or several joined by "+"."""

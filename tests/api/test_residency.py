@@ -1,0 +1,67 @@
+"""What the edge knows of adapters on the device, and how it takes one away."""
+
+import asyncio
+import queue
+import subprocess
+import time
+from typing import Any
+
+from server.api.link import EngineLink
+from server.api.loop import EngineLoop
+from server.api.messages import EngineInfo, Forget, Frame
+from server.engine.types import AdapterChange, StepStats
+from server.metrics import Metrics
+from tests.engine.toy import Toy
+
+
+def info(pid: int = 0) -> EngineInfo:
+    return EngineInfo("epoch", pid, "cpu", "float32", 0, "torch")
+
+
+def frame(*changes: AdapterChange, pong: EngineInfo | None = None, **stats: int) -> Frame:
+    return Frame("epoch", pong, (), (StepStats(residency=changes, **stats),))
+
+
+def test_the_link_keeps_where_adapters_stand_until_the_worker_dies() -> None:
+    async def life() -> None:
+        sent: list[Any] = []
+        metrics = Metrics("gpt2", 8)
+        link = EngineLink(sent.append, metrics, 8, 60.0)
+        link.forget("a")
+        assert sent == [], "no worker has it"
+        worker = subprocess.Popen(["sleep", "60"])
+        try:
+            link.on_frame(frame(("a", "loading", None), ("b", "refused", "rank 0"), pong=info(worker.pid)))
+            assert link.residency == {"a": ("loading", None), "b": ("refused", "rank 0")}
+            figures = {"adapter_cache_hits": 3, "adapter_cache_misses": 2, "host_cache_bytes": 64}
+            link.on_frame(frame(("a", "ready", None), ("b", "absent", None), **figures))
+            assert link.residency == {"a": ("ready", None)}
+            text = metrics.render().decode()
+            for line in ("hits_total", "misses_total"):
+                assert f'chorus_adapter_cache_{line}{{model_name="gpt2"}} {3.0 if line[0] == "h" else 2.0}' in text
+            assert 'chorus_adapter_host_cache_bytes{model_name="gpt2"} 64.0' in text
+            link.forget("a")
+            assert sent == [Forget("epoch", "a")]
+        finally:
+            worker.kill()
+            worker.wait()
+        deadline = time.monotonic() + 10
+        while link.up:
+            assert time.monotonic() < deadline, "its death went unnoticed"
+            await asyncio.sleep(0.01)
+        assert link.residency == {}
+
+    asyncio.run(life())
+
+
+def test_the_worker_forgets_what_it_is_told_to() -> None:
+    toy = Toy()
+    toy.preload("a", "b")
+    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    inbox.put(Forget("an earlier worker", "b"))
+    inbox.put(Forget("epoch", "a"))
+    outputs, ponged, told = EngineLoop()._receive(toy.engine, info(), inbox)
+    assert (outputs, ponged, told) == ([], False, True), "a step follows, which tells of it"
+    changes = {digest: status for digest, status, _ in toy.engine.step().stats.residency}
+    assert changes == {"a": "absent", "b": "ready"}
+    toy.engine.close()
