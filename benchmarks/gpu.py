@@ -51,7 +51,7 @@ def others(model: GPT2) -> list[Row]:
         engine.add_request(Request(f"s{i}", (i + 1,) * PROMPT, SamplingParams(max_tokens=STREAM)))
     for _ in range(20):
         advance(engine)
-    alone = [advance(engine).stats.step_seconds for _ in range(50)]
+    undisturbed = [advance(engine).stats.step_seconds for _ in range(50)]
     rows: list[Row] = []
     for what, prompt, ref in (
         (f"prompt of {LONG} tokens", LONG, None),
@@ -66,7 +66,7 @@ def others(model: GPT2) -> list[Row]:
                 first = time.perf_counter() - start
         rows.append({
             "part": "prefill", "what": what, "first_token_ms": round(1000 * first, 3),
-            "longest_step_ms": round(1000 * longest, 3), "step_ms": round(1000 * statistics.median(alone), 3),
+            "longest_step_ms": round(1000 * longest, 3), "step_ms": round(1000 * statistics.median(undisturbed), 3),
         })  # fmt: skip
     engine.close()
     return rows

@@ -1,6 +1,6 @@
 """The adapter store at scale: `python -m benchmarks.lifecycle`. Small adapters for the demo base (rank 1, one module).
 
-- registered: a store of so many names. `open_s`: a new process opens it; `server_ready_s`: `python -m server` until ready;
+- registered: a store of so many names. `open_s`: a new process opens it; `server_ready_s`: a server over it is ready;
   `bytes_each`: what a name adds to the process; `lookup_us`: one name; `page_ms`: the first hundred records.
 - cycles: publish a new version, load it in the engine, remove it, forget it, so many times; the process's memory at a
   tenth of them and at the end, and the time of a load in the first and in the last tenth.

@@ -149,15 +149,15 @@ def install_handlers(app: FastAPI) -> None:
 def document_errors(app: FastAPI) -> None:
     """Let the OpenAPI document show a 422 as it is sent, not as FastAPI would send it."""
     text = {"type": "string"}
-    schema = {
-        "type": "object",
-        "properties": {"error": text, "error_type": text},
-        "required": ["error", "error_type"],
-    }
-    answer = {"description": "Refused: `error` names the field", "content": {"application/json": {"schema": schema}}}
+    tgi = {"type": "object", "properties": {"error": text, "error_type": text}, "required": ["error", "error_type"]}
+    fields = {"message": text, "type": text, "param": {"type": ["string", "null"]}, "code": {"type": "integer"}}
+    inner = {"type": "object", "properties": fields, "required": list(fields)}
+    openai = {"type": "object", "properties": {"error": inner}, "required": ["error"]}
     for route in app.routes:
         if isinstance(route, APIRoute):
-            route.responses[422] = answer
+            schema = openai if route.path.startswith("/v1/") else tgi
+            content = {"application/json": {"schema": schema}}
+            route.responses[422] = {"description": "Refused: the message names the field", "content": content}
 
 
 def _wrong_content_type(request: Request) -> str | None:

@@ -102,9 +102,8 @@ class Lives(RuleBasedStateMachine):
         assert queue._floor <= queue._clock
         assert len(scheduler.running) + scheduler.rows.num_free == config.max_batch_size
         pins = Counter(digest for s in scheduler.running.values() for digest in s.digests)
-        assert pins == {
-            digest: slot.pins for digest, slot in self.toy.residency._residents._slots._slots.items() if slot.pins
-        }
+        slots = self.toy.residency._residents._slots._slots
+        assert pins == {digest: slot.pins for digest, slot in slots.items() if slot.pins}
 
     def teardown(self) -> None:
         if not hasattr(self, "toy"):
