@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,6 +87,37 @@ class AdapterManifest:
         """The projections it changes in at least one layer, in TARGETS' order."""
         present = {module.key.target for module in self.modules}
         return tuple(target for target in TARGETS if target in present)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """What the store keeps in memory of a digest; ten thousand of them are a few megabytes."""
+
+    digest: str
+    rank: int  # the largest of any module
+    targets: tuple[str, ...]
+    nbytes: int  # of the weights file
+    base_model: str | None
+    created: float  # when it was published, seconds since the epoch
+    shape: BaseShape  # of the base it was checked against
+
+    @classmethod
+    def of(cls, manifest: AdapterManifest, shape: BaseShape, created: float) -> AdapterVersion:
+        """The version that a checked folder holds."""
+        m = manifest
+        return cls(m.ref.digest, m.rank, m.targets, m.nbytes, m.base_model, created, shape)
+
+    def facts(self) -> dict[str, Any]:
+        """Everything but the digest, as JSON takes it."""
+        facts = asdict(self)
+        del facts["digest"]
+        return facts
+
+    @classmethod
+    def of_facts(cls, digest: str, facts: dict[str, Any]) -> AdapterVersion:
+        """The version whose `facts` these are."""
+        targets = tuple(target for target in TARGETS if target in facts["targets"])  # the same strings for all
+        return cls(digest, **facts | {"targets": targets, "shape": BaseShape(**facts["shape"])})
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ Every field is either honoured, known not to change the forward pass, or refused
 Source: `peft.LoraConfig` and its matching rules (`check_target_module_exists`, `get_pattern_key`).
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,13 +12,15 @@ from pathlib import Path
 from typing import Any, cast
 
 from adapters.adapter import TARGETS, BaseShape, ModuleKey
-from adapters.errors import AdapterRefused, AdapterUnavailable
+from adapters.errors import AdapterRefused
+from adapters.tensorfile import open_regular, parse_json, shown
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
 MAX_REGEX_CHARS = 256
 MAX_REGEX_REPEATS = 6
 MAX_RANK = 512
+MAX_BASE_CHARS = 1024
 
 _HONOURED = {
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
@@ -51,7 +52,7 @@ def read_lora_spec(folder: Path, shape: BaseShape) -> LoraSpec:
     rank, alpha = _integer(config, "r", 8), _number(config.get("lora_alpha", 8), "lora_alpha")
     rslora = config.get("use_rslora") or False
     if not isinstance(rslora, bool):
-        raise AdapterRefused(f"use_rslora is {rslora!r}: expected true or false")
+        raise AdapterRefused(f"use_rslora is {shown(rslora)}: expected true or false")
     rank_pattern, alpha_pattern = _pattern(config, "rank_pattern"), _pattern(config, "alpha_pattern")
     modules: dict[ModuleKey, tuple[int, float]] = {}
     for layer in range(shape.n_layer):
@@ -61,29 +62,26 @@ def read_lora_spec(folder: Path, shape: BaseShape) -> LoraSpec:
                 continue
             r = _matched(rank_pattern, f"transformer.{key}", rank)
             if not (isinstance(r, int) and 1 <= r <= MAX_RANK):
-                raise AdapterRefused(f"rank {r!r} of {key} is not an integer from 1 to {MAX_RANK}")
+                raise AdapterRefused(f"rank {shown(r)} of {key} is not an integer from 1 to {MAX_RANK}")
             a = _number(_matched(alpha_pattern, f"transformer.{key}", alpha), "alpha_pattern")
             modules[key] = (r, a / math.sqrt(r) if rslora else a / r)
     if not modules:
         raise AdapterRefused(
-            f"target_modules {config.get('target_modules')!r} name no projection of this GPT-2 "
+            f"target_modules {shown(config.get('target_modules'))} name no projection of this GPT-2 "
             f"({shape.n_layer} layers); expected some of {', '.join(TARGETS)}"
         )
     base = config.get("base_model_name_or_path")
+    if isinstance(base, str) and len(base) > MAX_BASE_CHARS:
+        raise AdapterRefused(f"base_model_name_or_path has {len(base):,} characters; at most {MAX_BASE_CHARS}")
     return LoraSpec(modules, base if isinstance(base, str) else None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise AdapterRefused(f"{CONFIG_FILE} is larger than {MAX_CONFIG_BYTES} bytes")
-        value = json.loads(path.read_bytes())
+        with open_regular(path, MAX_CONFIG_BYTES) as file:
+            value = parse_json(file.read(MAX_CONFIG_BYTES), CONFIG_FILE)
     except FileNotFoundError:
         raise AdapterRefused(f"no {CONFIG_FILE} in {path.parent.name}: not a PEFT adapter folder") from None
-    except OSError as error:
-        raise AdapterUnavailable(f"{CONFIG_FILE} can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise AdapterRefused(f"{CONFIG_FILE} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise AdapterRefused(f"{CONFIG_FILE} holds {type(value).__name__}, expected an object")
     return cast("dict[str, Any]", value)
@@ -91,22 +89,22 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:
     if (kind := config.get("peft_type")) != "LORA":
-        raise AdapterRefused(f"peft_type is {kind!r}; only LORA adapters are served")
+        raise AdapterRefused(f"peft_type is {shown(kind)}; only LORA adapters are served")
     if config.get("use_dora"):
         raise AdapterRefused("use_dora is true: DoRA rescales the base weights and can't be mixed in one batch")
     if config.get("modules_to_save"):
         raise AdapterRefused(
-            f"modules_to_save is {config['modules_to_save']!r}: whole modules replace the frozen base's"
+            f"modules_to_save is {shown(config['modules_to_save'])}: whole modules replace the frozen base's"
         )
     if config.get("trainable_token_indices"):
         raise AdapterRefused("trainable_token_indices is set: new or retrained tokens change the frozen base")
     if config.get("bias", "none") != "none":
-        raise AdapterRefused(f"bias is {config['bias']!r}: trained biases are not supported, only 'none'")
+        raise AdapterRefused(f"bias is {shown(config['bias'])}: trained biases are not supported, only 'none'")
     if (init := config.get("init_lora_weights", True)) not in _NEUTRAL_INIT:
-        raise AdapterRefused(f"init_lora_weights is {init!r}: that initialisation also changes the base weights")
+        raise AdapterRefused(f"init_lora_weights is {shown(init)}: that initialisation also changes the base weights")
     for field, value in config.items():
         if field not in _HONOURED and field not in _INERT and value not in (None, False, 0, "", [], {}):
-            raise AdapterRefused(f"{field} is {value!r}: this field is not supported")
+            raise AdapterRefused(f"{field[:80]} is {shown(value)}: this field is not supported")
 
 
 def _targets(config: Mapping[str, Any], name: str) -> bool:
@@ -134,7 +132,7 @@ def _layers(config: Mapping[str, Any]) -> list[int]:
     value: Any = config.get("layers_to_transform")
     layers = _as_list([] if value is None else value)
     if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
-        raise AdapterRefused(f"layers_to_transform is {value!r}: expected a layer's number or a list of them")
+        raise AdapterRefused(f"layers_to_transform is {shown(value)}: expected a layer's number or a list of them")
     return layers
 
 
@@ -142,7 +140,7 @@ def _layers_patterns(config: Mapping[str, Any]) -> list[str]:
     value: Any = config.get("layers_pattern") or []
     patterns = _as_list(value)
     if not all(isinstance(pattern, str) for pattern in patterns):
-        raise AdapterRefused(f"layers_pattern is {value!r}: expected a name or a list of names")
+        raise AdapterRefused(f"layers_pattern is {shown(value)}: expected a name or a list of names")
     return [_regex(pattern, "layers_pattern", r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\.") for pattern in patterns]
 
 
@@ -155,13 +153,13 @@ def _listed(names: Any, name: str, field: str) -> bool:
         return re.fullmatch(_regex(names, field), name) is not None
     if isinstance(names, list) and all(isinstance(n, str) for n in cast("list[Any]", names)):
         return any(name == n or name.endswith(f".{n}") for n in cast("list[str]", names))
-    raise AdapterRefused(f"{field} is {names!r}: expected a list of names or a regular expression")
+    raise AdapterRefused(f"{field} is {shown(names)}: expected a list of names or a regular expression")
 
 
 def _pattern(config: Mapping[str, Any], field: str) -> dict[str, Any]:
     value: Any = config.get(field) or {}
     if not isinstance(value, dict):
-        raise AdapterRefused(f"{field} is {value!r}: expected an object of module name to number")
+        raise AdapterRefused(f"{field} is {shown(value)}: expected an object of module name to number")
     pattern = cast("dict[str, Any]", value)
     return {_regex(key, field, r"(.*\.)?(", r")$"): number for key, number in pattern.items()}
 
@@ -172,13 +170,13 @@ def _regex(pattern: str, field: str, before: str = "", after: str = "") -> str:
     repeats = len(re.findall(r"[*+?{]+", bare))
     if len(pattern) > MAX_REGEX_CHARS or repeats > MAX_REGEX_REPEATS or re.search(r"\)[*+{]", bare):
         raise AdapterRefused(
-            f"{field} holds the expression {pattern!r}: longer than {MAX_REGEX_CHARS} characters, "
+            f"{field} holds the expression {shown(pattern)}: longer than {MAX_REGEX_CHARS} characters, "
             f"with more than {MAX_REGEX_REPEATS} repetitions or with a repeated group"
         )
     try:
         re.compile(f"{before}{pattern}{after}")
     except (re.error, OverflowError, RecursionError) as error:
-        raise AdapterRefused(f"{field} holds {pattern!r}, not a regular expression: {error}") from None
+        raise AdapterRefused(f"{field} holds {shown(pattern)}, not a regular expression: {error}") from None
     return f"{before}{pattern}{after}"
 
 
@@ -189,7 +187,7 @@ def _matched(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
 def _integer(config: Mapping[str, Any], field: str, default: int) -> int:
     value = config.get(field, default)
     if not isinstance(value, int) or isinstance(value, bool):
-        raise AdapterRefused(f"{field} is {value!r}: expected an integer")
+        raise AdapterRefused(f"{field} is {shown(value)}: expected an integer")
     return value
 
 
@@ -199,4 +197,4 @@ def _number(value: Any, field: str) -> float:
             return float(value)
     except OverflowError:  # an integer that no float holds
         pass
-    raise AdapterRefused(f"{field} is {value!r}: expected a finite number")
+    raise AdapterRefused(f"{field} is {shown(value)}: expected a finite number")

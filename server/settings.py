@@ -10,14 +10,23 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from dotenv import dotenv_values
-from pydantic import ByteSize, Field, SecretStr, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, CliApp, SettingsConfigDict
+from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationInfo, field_validator
+from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
 
 from server.model.source import DEMO_MODEL
 
 PREFIX = "CHORUS_"
 ENV_FILE = ".env"
 BUNDLED_ADAPTERS = Path(__file__).resolve().parents[1] / "adapters" / "bundled"
+
+
+def _split(value: object) -> object:
+    """`a,b` as a list; CLI and environment give text."""
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)]
 
 
 class Settings(BaseSettings):
@@ -40,6 +49,23 @@ class Settings(BaseSettings):
     adapters_dir: Path = Field(
         BUNDLED_ADAPTERS, description="Folder of PEFT adapter folders, each served under its name; the bundled ones."
     )
+    store_dir: Path = Field(
+        Path("var/store"),
+        description="Where published adapters, their names and aliases are kept; on a disk of this machine, it holds a "
+        "database.",
+    )
+    adapter_roots: Paths = Field(
+        (), description="More folders that a path given over HTTP may lie in, comma-separated; --adapters-dir is one."
+    )
+    adapter_sources: Words = Field(
+        (),
+        description="Beginnings of addresses that adapters may be fetched from over HTTP, comma-separated, e.g. "
+        "hf://my-org/, s3://bucket/adapters/; none if left out.",
+    )
+    max_adapter_bytes: Annotated[ByteSize, Field(ge=1 << 10)] = Field(
+        default=ByteSize(1 << 30), description="The largest adapter, or archive of one, that is taken in."
+    )
+    download_seconds: float = Field(default=300.0, gt=0, description="The longest that fetching an adapter may take.")
     host: Literal["127.0.0.1", "0.0.0.0", "::"] = Field(default="127.0.0.1", description="Address to listen on.")
     port: Annotated[int, Field(ge=1024, le=65535)] = Field(default=8000, description="Port to listen on.")
     device: Literal["auto", "cpu", "cuda"] = Field(
@@ -73,7 +99,8 @@ class Settings(BaseSettings):
     )
     api_key: SecretStr | None = Field(default=None, description="Key that inference needs; open if left out.")
     admin_key: SecretStr | None = Field(
-        None, description="Key of routes that change something; none exists yet, so nothing asks for it."
+        None,
+        description="Key of the routes that change adapters; closed if left out. Not the inference key; it may infer, too.",
     )
     hang_seconds: float = Field(
         default=60.0, gt=1, description="A worker silent for so long is killed and started anew."
@@ -88,6 +115,13 @@ class Settings(BaseSettings):
     def _not_blank(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not value.get_secret_value().strip():
             raise ValueError("is blank; leave it out to have no key")
+        return value
+
+    @field_validator("admin_key")
+    @classmethod
+    def _not_the_other(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
+        if value is not None and value == info.data.get("api_key"):
+            raise ValueError("is the inference key too: whoever may generate could change adapters; choose another")
         return value
 
     @field_validator("max_batch_tokens")
@@ -135,7 +169,7 @@ def document() -> str:
     root = Path(__file__).resolve().parents[1]
     for name, field in Settings.model_fields.items():
         size = field.default.human_readable() if isinstance(field.default, ByteSize) else field.default
-        default = "" if size is None else str(size).replace(f"{root}/", "")
+        default = "" if size in (None, ()) else str(size).replace(f"{root}/", "")
         rows.append(f"| `--{name.replace('_', '-')}` | `{PREFIX}{name.upper()}` | {default} | {field.description} |")
     return "\n".join(rows) + "\n"
 

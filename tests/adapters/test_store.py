@@ -4,14 +4,14 @@ import logging
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from adapters.adapter import AdapterManifest, BaseShape
 from adapters.errors import AdapterNotFound, AdapterRefused
-from adapters.store import AdapterStore
-from adapters.validation import WEIGHTS_FILE, inspect_adapter
+from adapters.store import AdapterStore, Found
+from adapters.validation import WEIGHTS_FILE
 from tests.adapters.support import SHAPE, ref_of, tensors, write_adapter
 
 
@@ -24,21 +24,29 @@ def root(tmp_path: Path) -> Path:
 
 
 def names(store: AdapterStore) -> list[str]:
-    return [manifest.ref.name for manifest in store.all()]
+    return [found.ref.name for found in store.all()]
+
+
+def opened(root: Path, reserved: frozenset[str] = frozenset()) -> AdapterStore:
+    """The store beside `root`, as a restart finds it."""
+    return AdapterStore(root.parent / "store", SHAPE, root, reserved)
 
 
 def test_every_folder_is_listed_under_its_name(root: Path) -> None:
-    store = AdapterStore(root, SHAPE)
+    store = opened(root)
     assert names(store) == ["poe", "twain", "wilde"]
     assert {m.ref.digest for m in store.all()} == {ref_of(root / name).digest for name in ("poe", "twain", "wilde")}
-    assert store.get("poe").ref == ref_of(root / "poe")
+    found = store.get("poe")
+    assert found.ref.digest == ref_of(root / "poe").digest
+    assert (found.version.rank, found.version.targets) == (2, ("attn.c_attn", "mlp.c_proj"))
+    assert found.version.nbytes == (root / "poe" / WEIGHTS_FILE).stat().st_size
 
 
 def test_what_is_no_adapter_is_not_listed(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     (root / "empty").mkdir()
     (root / "notes.txt").write_text("hello")
     write_adapter(root / ".hidden")
-    assert names(AdapterStore(root, SHAPE)) == ["poe", "twain", "wilde"]
+    assert names(opened(root)) == ["poe", "twain", "wilde"]
     assert not caplog.records, "these are not worth a warning"
 
 
@@ -47,8 +55,8 @@ def test_a_folder_that_cannot_be_served_is_told_once_and_the_others_are(
 ) -> None:
     write_adapter(root / "dora", use_dora=True)
     write_adapter(root / "a name, with a comma")
-    store = AdapterStore(root, SHAPE, reserved=frozenset({"twain"}))
-    with caplog.at_level(logging.WARNING, "adapters.store"):
+    store = opened(root, frozenset({"twain"}))
+    with caplog.at_level(logging.WARNING, "adapters"):
         assert names(store) == ["poe", "wilde"]
         assert names(store) == ["poe", "wilde"]
     lines = sorted(record.getMessage() for record in caplog.records)
@@ -65,20 +73,21 @@ def test_a_folder_that_cannot_be_served_is_told_once_and_the_others_are(
 )
 def test_an_unknown_name_is_answered_with_the_nearest_first(root: Path, asked: str, nearest: str) -> None:
     with pytest.raises(AdapterNotFound, match=f"{asked!r} does not exist; the nearest are '{nearest}'") as caught:
-        AdapterStore(root, SHAPE).get(asked)
+        opened(root).get(asked)
     assert caught.value.nearest[0] == nearest
     assert caught.value.name == asked
 
 
 def test_a_name_like_none_is_answered_with_some_that_exist(root: Path) -> None:
     with pytest.raises(AdapterNotFound) as caught:
-        AdapterStore(root, SHAPE).get("zzzzzzzz")
+        opened(root).get("zzzzzzzz")
     assert caught.value.nearest == ("poe", "twain", "wilde")
 
 
 def test_an_empty_folder_has_no_near_names(tmp_path: Path) -> None:
+    (tmp_path / "adapters").mkdir()
     with pytest.raises(AdapterNotFound, match=r"'poe' does not exist\. GET /v1/models lists"):
-        AdapterStore(tmp_path, SHAPE).get("poe")
+        opened(tmp_path / "adapters").get("poe")
 
 
 @pytest.mark.parametrize(
@@ -103,17 +112,17 @@ def test_a_name_never_reaches_outside_the_folder(root: Path, name: str) -> None:
     write_adapter(root.parent / "outside")
     write_adapter(root / ".hidden")
     with pytest.raises(AdapterNotFound):
-        AdapterStore(root, SHAPE).get(name)
+        opened(root).get(name)
 
 
 def test_an_absolute_path_is_no_name(root: Path) -> None:
     with pytest.raises(AdapterNotFound):
-        AdapterStore(root, SHAPE).get(str(root / "poe"))
+        opened(root).get(str(root / "poe"))
 
 
 def test_the_bases_names_are_never_adapters(root: Path) -> None:
     write_adapter(root / "base")
-    store = AdapterStore(root, SHAPE, reserved=frozenset({"base"}))
+    store = opened(root, frozenset({"base"}))
     with pytest.raises(AdapterNotFound):
         store.get("base")
     assert "base" not in names(store)
@@ -123,24 +132,24 @@ def test_a_link_to_a_folder_is_served_under_the_links_name(root: Path) -> None:
     write_adapter(root.parent / "elsewhere", tensors(seed=9))
     (root / "linked").symlink_to(root.parent / "elsewhere")
     (root / "dangling").symlink_to(root.parent / "nowhere")
-    store = AdapterStore(root, SHAPE)
+    store = opened(root)
     assert names(store) == ["linked", "poe", "twain", "wilde"]
     assert store.get("linked").ref.digest == ref_of(root.parent / "elsewhere").digest
 
 
 def test_a_folder_dropped_in_later_is_found_by_name_and_by_a_listing(root: Path) -> None:
-    store = AdapterStore(root, SHAPE)
+    store = opened(root)
     assert len(store.all()) == 3
     with pytest.raises(AdapterNotFound):
         store.get("new")
     write_adapter(root / "new", tensors(seed=7))
-    assert store.get("new").ref == ref_of(root / "new")
+    assert store.get("new").ref.digest == ref_of(root / "new").digest
     write_adapter(root / "newer", tensors(seed=8))
     assert "newer" in names(store)
 
 
 def test_a_folder_half_copied_is_served_once_it_is_whole(root: Path) -> None:
-    store = AdapterStore(root, SHAPE)
+    store = opened(root)
     write_adapter(root / "new")
     weights = (root / "new" / WEIGHTS_FILE).read_bytes()
     (root / "new" / WEIGHTS_FILE).write_bytes(weights[:-100])
@@ -153,60 +162,108 @@ def test_a_folder_half_copied_is_served_once_it_is_whole(root: Path) -> None:
 
 def test_a_refusal_is_remembered_while_the_files_stay(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_adapter(root / "dora", use_dora=True)
-    store = AdapterStore(root, SHAPE)
+    store = opened(root)
     with pytest.raises(AdapterRefused) as first:
         store.get("dora")
-    monkeypatch.setattr("adapters.store.inspect_adapter", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(AdapterStore, "stage", lambda *_: pytest.fail("read again"))
     with pytest.raises(AdapterRefused) as second:
         store.get("dora")
     assert str(second.value) == str(first.value)
     assert second.value is not first.value, "one exception raised in two requests would gather tracebacks"
 
 
-def test_a_name_keeps_the_content_it_was_first_seen_with(root: Path) -> None:
-    store = AdapterStore(root, SHAPE)
+def test_a_name_keeps_its_content_until_it_is_published_again(root: Path) -> None:
+    store = opened(root)
     first = store.get("poe")
     write_adapter(root / "poe", tensors(seed=99))
-    assert store.get("poe") == first
-    assert next(m for m in store.all() if m.ref.name == "poe") == first
-    assert AdapterStore(root, SHAPE).get("poe").ref.digest != first.ref.digest, "a restart serves the new one"
+    now = ref_of(root / "poe").digest
+    for again in (store, opened(root)):
+        assert again.get("poe") == first, "neither a listing nor a restart serves what changed"
+        assert next(m for m in again.all() if m.ref.name == "poe") == first
+        assert again.changed(again.registry.entries["poe"]) == now
+    assert ref_of(Path(first.ref.path)).digest == first.ref.digest, "its files are kept"
+    store.publish(store.stage("poe", root / "poe"), "test")
+    assert again.get("poe").ref.digest == now
+    assert again.changed(again.registry.entries["poe"]) is None
+
+
+def test_a_folder_rewritten_with_the_same_content_has_not_changed(root: Path) -> None:
+    store = opened(root)
+    store.all()
+    shutil.copytree(root / "poe", root.parent / "copy")
+    shutil.rmtree(root / "poe")
+    shutil.copytree(root.parent / "copy", root / "poe")
+    assert store.changed(store.registry.entries["poe"]) is None
+    (root / "poe" / WEIGHTS_FILE).write_bytes(b"")
+    assert store.changed(store.registry.entries["poe"]) == "refused"
 
 
 def test_equal_content_under_two_names_is_one_content(root: Path) -> None:
     shutil.copytree(root / "poe", root / "edgar")
-    store = AdapterStore(root, SHAPE)
+    store = opened(root)
     assert store.get("edgar").ref.digest == store.get("poe").ref.digest
     assert names(store) == ["edgar", "poe", "twain", "wilde"]
 
 
-def test_a_folder_that_is_gone_is_forgotten_and_may_come_back_as_another(root: Path) -> None:
-    store = AdapterStore(root, SHAPE)
+def test_a_folder_that_is_gone_is_still_served(root: Path) -> None:
+    store = opened(root)
     first = store.get("poe")
     shutil.rmtree(root / "poe")
-    assert names(store) == ["twain", "wilde"]
-    assert store.known("poe") is None
-    with pytest.raises(AdapterNotFound):
-        store.get("poe")
+    assert names(opened(root)) == ["poe", "twain", "wilde"]
+    assert opened(root).get("poe") == first
+
+
+def test_a_removed_name_is_not_revived_by_its_old_folder(root: Path) -> None:
+    store = opened(root)
+    store.all()
+    assert store.remove("poe", "test").stack
+    for again in (store, opened(root)):
+        assert names(again) == ["twain", "wilde"]
+        assert again.known("poe") is None
+        with pytest.raises(AdapterNotFound, match="it was removed; publish poe from its folder to serve it again"):
+            again.get("poe")
+    with pytest.raises(AdapterNotFound, match="'pow' does not exist; the nearest are"):
+        store.remove("pow", "test")
+    store.publish(store.stage("poe", root / "poe"), "test")
+    assert names(store) == ["poe", "twain", "wilde"]
+
+
+def test_a_removed_name_without_a_folder_is_free_for_a_new_one(root: Path) -> None:
+    store = opened(root)
+    store.all()
+    shutil.rmtree(root / "poe")
+    store.remove("poe", "test")
     write_adapter(root / "poe", tensors(seed=50))
-    assert store.get("poe").ref == ref_of(root / "poe") != first.ref
-    assert store.known("poe") == store.get("poe")
+    assert store.get("poe").ref.digest == ref_of(root / "poe").digest
 
 
-def test_many_threads_read_each_adapter_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_base_refuses_what_does_not_fit_it(root: Path) -> None:
+    opened(root).all()
+    smaller = AdapterStore(root.parent / "store", replace(SHAPE, n_layer=1))
+    assert names(smaller) == []
+    with pytest.raises(AdapterRefused, match="layer 1; the base has 1 layers"):
+        smaller.get("poe")
+    deeper = AdapterStore(root.parent / "store", replace(SHAPE, n_layer=3))
+    with pytest.raises(AdapterRefused, match=r"h\.2\.attn\.c_attn is targeted"):
+        deeper.get("poe")
+
+
+def test_many_threads_take_each_folder_in_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
+    stage = AdapterStore.stage
 
-    def slowly(folder: Path, name: str, shape: BaseShape) -> AdapterManifest:
+    def slowly(self: AdapterStore, name: str, source: Path) -> Found:
         read.append(name)
         time.sleep(0.05)
-        return inspect_adapter(folder, name, shape)
+        return stage(self, name, source)
 
-    monkeypatch.setattr("adapters.store.inspect_adapter", slowly)
-    store = AdapterStore(root, SHAPE)
+    monkeypatch.setattr(AdapterStore, "stage", slowly)
+    store = opened(root)
     with ThreadPoolExecutor(12) as pool:
         asked = [pool.submit(store.get, name) for name in ("poe", "wilde", "poe", "nobody", "poe", "wilde")]
         listed = [pool.submit(store.all) for _ in range(6)]
         assert [len(future.result()) for future in listed] == [3] * 6
-        assert asked[0].result() is asked[2].result()
+        assert asked[0].result() == asked[2].result()
         with pytest.raises(AdapterNotFound):
             asked[3].result()
     assert sorted(read) == ["poe", "twain", "wilde"]
@@ -214,10 +271,10 @@ def test_many_threads_read_each_adapter_once(root: Path, monkeypatch: pytest.Mon
 
 def test_the_folder_must_exist_at_the_start_and_may_vanish_later(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(NotADirectoryError, match="nowhere"):
-        AdapterStore(root / "nowhere", SHAPE)
+        opened(root / "nowhere")
     with pytest.raises(NotADirectoryError):
-        AdapterStore(root / "poe" / WEIGHTS_FILE, SHAPE)
-    store = AdapterStore(root, SHAPE)
+        opened(root / "poe" / WEIGHTS_FILE)
+    store = opened(root)
     assert len(store.all()) == 3
     shutil.rmtree(root)
     assert len(store.all()) == 3, "what was found is still known"

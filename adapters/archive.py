@@ -1,0 +1,206 @@
+"""Takes an adapter folder out of a tar, tar.gz or zip that nobody vouches for. Works without torch.
+
+Members are listed first and all of them judged; then the few that make an adapter are streamed out, each under its
+own plain name: no path of the archive ever reaches the file system. Every limit counts bytes that were really read.
+"""
+
+import io
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+from adapters.errors import AdapterRefused, AdapterUnavailable
+from adapters.lora_config import CONFIG_FILE, MAX_CONFIG_BYTES
+from adapters.objects import ADAPTER_FILES, MAX_SIDECAR_BYTES
+from adapters.tarstream import CHUNK, TarStream
+from adapters.tensorfile import open_regular
+from adapters.validation import MAX_WEIGHTS_BYTES, WEIGHTS_FILE
+
+MAX_MEMBERS = 10_000
+MAX_NAME_CHARS = 1024
+MAX_ZIP_DIRECTORY_BYTES = 1 << 20
+_LIMITS = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: MAX_WEIGHTS_BYTES}
+_LISTED = 100
+_KINDS = {
+    stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
+_BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, ValueError)
+
+
+@dataclass(frozen=True)
+class Unpacked:
+    """What came out of an archive."""
+
+    folder: Path
+    ignored: tuple[str, ...]
+    """Members that are no part of an adapter, or lie elsewhere; the first 100."""
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str  # as the archive has it
+    parts: tuple[str, ...]
+    chunks: Callable[[], Iterator[bytes]]
+
+
+def unpack(archive: Path, into: Path, max_bytes: int = 1 << 30) -> Unpacked:
+    """Write the adapter in `archive` to the empty folder `into`: from its top, or the one folder with a config.
+
+    `max_bytes` bounds the archive and what it expands to. Raises AdapterRefused naming the member that is wrong,
+    AdapterUnavailable on I/O errors; either leaves `into` empty.
+    """
+    into.mkdir(parents=True, exist_ok=True)
+    try:
+        with open_regular(archive, max_bytes) as file:
+            files = _list(file, archive.name, max_bytes)
+            wanted, ignored = _choose(files, archive.name)
+            left = max_bytes
+            for entry in wanted:
+                left -= _write(entry, into / entry.parts[-1], left, max_bytes)
+            return Unpacked(into, ignored)
+    except BaseException as error:
+        for name in ADAPTER_FILES:
+            (into / name).unlink(missing_ok=True)
+        if isinstance(error, _BROKEN):
+            raise AdapterRefused(f"{archive.name} is damaged: {error}") from None
+        if isinstance(error, OSError):
+            raise AdapterUnavailable(f"{archive.name} can't be unpacked: {error.strerror or error}") from error
+        raise
+
+
+def _list(file: BinaryIO, what: str, max_bytes: int) -> list[_File]:
+    magic = file.read(4)
+    members = _zip(file) if magic in (b"PK\3\4", b"PK\5\6") else _tar(file, magic[:2] == b"\x1f\x8b", what, max_bytes)
+    files: list[_File] = []
+    for count, (name, is_file, chunks) in enumerate(members, 1):
+        if count > MAX_MEMBERS:
+            raise AdapterRefused(f"{what} has more than {MAX_MEMBERS:,} members")
+        parts = _parts(name)
+        if is_file:
+            files.append(_File(name, parts, chunks))
+    return files
+
+
+def _choose(files: Iterable[_File], what: str) -> tuple[list[_File], tuple[str, ...]]:
+    """The files that make the adapter, in the archive's order, and the names of the others."""
+    files = list(files)
+    homes = {file.parts[:-1]: file.name for file in files if file.parts[-1] == CONFIG_FILE}
+    if not homes:
+        raise AdapterRefused(f"{what} holds no {CONFIG_FILE}: expected an archive of a PEFT adapter folder")
+    if len(homes) > 1:
+        first, second = list(homes.values())[:2]
+        raise AdapterRefused(f"{what} holds two adapters, {first!r} and {second!r}: send one folder at a time")
+    (home,) = homes
+    wanted: dict[str, _File] = {}
+    ignored: list[str] = []
+    for file in files:
+        name = file.parts[-1]
+        if file.parts[:-1] != home or name not in ADAPTER_FILES:
+            ignored.append(file.name)
+        elif name in wanted:
+            raise AdapterRefused(f"{what} holds {file.name!r} twice")
+        else:
+            wanted[name] = file
+    if WEIGHTS_FILE not in wanted:
+        pickles = [name for name in ignored if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
+        hint = f" ({pickles[0]!r} is a pickle: convert it to safetensors)" if pickles else ""
+        raise AdapterRefused(f"{what} holds no {WEIGHTS_FILE} beside {CONFIG_FILE}{hint}")
+    return list(wanted.values()), tuple(ignored[:_LISTED])
+
+
+def _write(entry: _File, target: Path, left: int, max_bytes: int) -> int:
+    """Returns the bytes written."""
+    limit, written = _LIMITS.get(target.name, MAX_SIDECAR_BYTES), 0
+    with target.open("xb") as copy:
+        for chunk in entry.chunks():
+            written += len(chunk)
+            if written > limit:
+                raise AdapterRefused(f"{entry.name!r} is larger than {limit:,} bytes")
+            if written > left:
+                raise AdapterRefused(f"{entry.name!r}: the archive expands to more than {max_bytes:,} bytes")
+            copy.write(chunk)
+    return written
+
+
+def _parts(name: str) -> tuple[str, ...]:
+    """A member's path, judged."""
+    shown = repr(name if len(name) <= 80 else f"{name[:80]}...")
+    if any("\ud800" <= char <= "\udfff" for char in name):
+        raise AdapterRefused(f"the member {shown} has a name that is not UTF-8")
+    if "\\" in name or "\0" in name:
+        raise AdapterRefused(f"the member {shown} has a backslash or a null character in its name")
+    if name.startswith("/"):
+        raise AdapterRefused(f"the member {shown} has an absolute path")
+    if len(name) > MAX_NAME_CHARS:
+        raise AdapterRefused(f"the member {shown} has a name of {len(name)} characters")
+    parts = tuple(part for part in name.split("/") if part not in ("", "."))
+    if ".." in parts:
+        raise AdapterRefused(f"the member {shown} has '..' in its path")
+    return parts or (".",)
+
+
+_Member = tuple[str, bool, Callable[[], Iterator[bytes]]]  # name, whether it is a file and no folder, its bytes
+
+
+def _tar(file: BinaryIO, gzipped: bool, what: str, max_bytes: int) -> Iterator[_Member]:
+    source = TarStream(file, gzipped, what, max_bytes)  # the wanted ones are read in the archive's order: in one go
+    for member in TarStream(file, gzipped, what, max_bytes).members():
+        yield member.name, member.is_file, partial(source.chunks, member)
+
+
+def _zip(file: BinaryIO) -> Iterator[_Member]:
+    try:
+        archive = zipfile.ZipFile(cast("BinaryIO", _Bounded(file)))
+    except UnicodeDecodeError:
+        raise AdapterRefused("a member's name is not UTF-8, though the zip says it is") from None
+    for info in archive.infolist():
+        kind = stat.S_IFMT(info.external_attr >> 16)
+        if kind in _KINDS:
+            raise AdapterRefused(f"the member {info.filename!r} is {_KINDS[kind]}; only files and folders are taken")
+        if info.flag_bits & 1:
+            raise AdapterRefused(f"the member {info.filename!r} is encrypted: send the archive without a password")
+        yield info.orig_filename, not info.is_dir(), partial(_unzipped, archive, info)
+
+
+def _unzipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others expand without a bound
+        raise AdapterRefused(f"the member {info.filename!r} is compressed in way {info.compress_type}: use deflate")
+    try:
+        with archive.open(info) as member:
+            while chunk := member.read(CHUNK):
+                yield chunk
+    except _BROKEN as error:
+        raise AdapterRefused(f"the member {info.filename!r} is damaged: {error or 'cut off'}") from None
+
+
+class _Bounded(io.RawIOBase):
+    """A file that `zipfile` can't be led to read too much of at once, or outside of."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._size = file, file.seek(0, io.SEEK_END)
+
+    def read(self, size: int = -1, /) -> Any:
+        left = max(self._size - self._file.tell(), 0)
+        count = left if size < 0 else min(size, left)
+        if count > MAX_ZIP_DIRECTORY_BYTES:
+            raise AdapterRefused(f"the zip's directory has {count:,} bytes; at most {MAX_MEMBERS:,} members are taken")
+        return self._file.read(count)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        place = offset + (0, self._file.tell(), self._size)[whence]
+        if not 0 <= place <= self._size:
+            raise zipfile.BadZipFile(f"it points to byte {place:,} of {self._size:,}")
+        return self._file.seek(place)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seekable(self) -> bool:
+        return True

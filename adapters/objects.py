@@ -1,0 +1,138 @@
+"""Adapter folders by their content's digest: written aside, synced, renamed into place. Works without torch.
+
+DIR/objects/ab/abcd.../   the files of one version; never changed but for what lies beside the weights
+DIR/staging/              what is being written; a process that dies leaves it for `sweep`
+"""
+
+import hashlib
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Container, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from adapters.adapter import AdapterManifest, BaseShape
+from adapters.errors import AdapterError, AdapterRefused, AdapterUnavailable
+from adapters.lora_config import CONFIG_FILE
+from adapters.tensorfile import open_regular
+from adapters.validation import MAX_WEIGHTS_BYTES, WEIGHTS_FILE, inspect_adapter
+from adapters.values import check_values
+
+SIDECARS = ("golden.json", "report.json", "README.md", "loss.png")
+"""What may lie beside the weights: no part of the identity, replaced when the same content is published again."""
+ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, *SIDECARS)
+MAX_SIDECAR_BYTES = 16 << 20
+
+
+class Objects:
+    """The folders under `root`. Safe to use from several processes."""
+
+    def __init__(self, root: Path) -> None:
+        """Raises AdapterUnavailable if it can't be written to."""
+        self._objects, self._staging = root / "objects", root / "staging"
+        try:
+            for folder in (self._objects, self._staging):
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise AdapterUnavailable(f"{root} can't be written to ({error.strerror}): set --store-dir") from error
+
+    def path(self, digest: str) -> Path:
+        """Where the version of this digest lies, if it is there."""
+        return self._objects / digest[:2] / digest
+
+    @contextmanager
+    def staging(self) -> Iterator[Path]:
+        """An empty folder on the same file system, deleted afterwards."""
+        folder = self._staging / uuid.uuid4().hex
+        folder.mkdir()
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def downloads(self, source: str) -> Path:
+        """Where downloads of `source` go on; `sweep` deletes them when nobody does."""
+        return self._staging / hashlib.sha256(source.encode(errors="replace")).hexdigest()
+
+    def put(self, source: Path, name: str, shape: BaseShape) -> AdapterManifest:
+        """Copy the adapter folder `source` and check the copy; its manifest, with the path it has now.
+
+        Raises AdapterRefused, AdapterUnavailable.
+        """
+        with _storing(source), self.staging() as staged:
+            for file in ADAPTER_FILES:
+                if (source / file).exists():
+                    _copy(source / file, staged / file)
+            try:
+                manifest = inspect_adapter(staged, name, shape)
+                check_values(staged, manifest)
+            except AdapterRefused:
+                inspect_adapter(source, name, shape)  # tells of the folder by its own name
+                raise
+            self._place(staged, manifest.ref.digest, shape)
+        return manifest
+
+    def sweep(self, keep: Container[str], grace_seconds: float) -> list[str]:
+        """Delete the versions that are not in `keep`, and what was left in staging, if older; the digests."""
+        oldest, gone = time.time() - grace_seconds, list[str]()
+        for folder in self._objects.glob("??/*"):
+            if folder.name not in keep and folder.stat().st_mtime < oldest:
+                with self.staging() as bin_:
+                    folder.rename(bin_ / folder.name)  # at once, whoever reads it
+                gone.append(folder.name)
+        for folder in self._staging.iterdir():
+            with suppress(FileNotFoundError):  # its owner has just finished
+                if folder.stat().st_mtime < oldest:
+                    shutil.rmtree(folder, ignore_errors=True)
+        return gone
+
+    def _place(self, staged: Path, digest: str, shape: BaseShape) -> None:
+        _sync(staged)
+        target = self.path(digest)
+        if target.is_dir() and self._intact(target, digest, shape):
+            for file in SIDECARS:
+                if (staged / file).is_file():
+                    (staged / file).replace(target / file)
+            os.utime(target)  # young again for `sweep`
+            return
+        target.parent.mkdir(exist_ok=True)
+        with self.staging() as aside:
+            with suppress(FileNotFoundError):
+                target.rename(aside / "damaged")
+            staged.rename(target)
+            staged.mkdir()  # for its owner to delete
+        _sync(target.parent)
+
+    def _intact(self, target: Path, digest: str, shape: BaseShape) -> bool:
+        try:
+            return inspect_adapter(target, digest[:12], shape).ref.digest == digest
+        except AdapterError:
+            return False
+
+
+@contextmanager
+def _storing(source: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise AdapterUnavailable(f"{source.name} can't be stored: {error.strerror or error}") from error
+
+
+def _copy(source: Path, target: Path) -> None:
+    limit = MAX_SIDECAR_BYTES if source.name in SIDECARS else MAX_WEIGHTS_BYTES
+    with open_regular(source, limit) as file, target.open("wb") as copy:
+        while chunk := file.read(1 << 20):
+            copy.write(chunk)
+            if copy.tell() > limit:  # it grew, or its size is not what it announces
+                raise AdapterRefused(f"{source.name} has more than {limit:,} bytes")
+    _sync(target)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,234 @@
+"""What names mean: a small SQLite database beside the adapters' content. Works without torch.
+
+Every change is one transaction: a process killed at any instant leaves the state before it or after it, and several
+processes may change and read at once. A change has a number; readers fetch what is newer than the last they saw.
+"""
+
+import json
+import os
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from adapters.adapter import AdapterVersion, BaseShape
+from adapters.errors import AdapterConflict, AdapterNotFound, AdapterUnavailable
+
+SCHEMA_VERSION = 1
+MAX_STACK = 32
+"""Values of a name that a rollback can still reach, the current one included."""
+BUSY_SECONDS = 10.0
+_SCHEMA = """
+create table if not exists versions(id integer primary key autoincrement, digest text unique not null, facts text not null);
+create table if not exists names(
+    name text primary key, kind text not null, stack text not null, folder text, created real not null,
+    updated real not null, revision integer unique not null) without rowid;
+create table if not exists history(
+    id integer primary key autoincrement, name text not null, action text not null, value text not null,
+    origin text not null, at real not null);
+create index if not exists history_by_name on history(name);
+"""
+
+
+class Kind(Enum):
+    """What a name stands for."""
+
+    ADAPTER = "adapter"  # its values are digests
+    ALIAS = "alias"  # its values are targets: [[reference, weight], ...] as JSON
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A name as it is now. A removed one has an empty stack; it is kept so that its old folder does not revive it."""
+
+    name: str
+    kind: Kind
+    stack: tuple[str, ...]  # values, the current one last; a rollback drops it
+    folder: str | None  # signature of the folder it was taken from, or that lay there when it was removed
+    created: float
+    updated: float
+
+    @property
+    def value(self) -> str | None:
+        """The current value; None: removed."""
+        return self.stack[-1] if self.stack else None
+
+
+@dataclass(frozen=True)
+class Event:
+    """One line of a name's history."""
+
+    action: str  # publish, alias, rollback, remove
+    value: str  # after it
+    origin: str
+    at: float
+
+
+class Registry:
+    """Names and versions in `path`, mirrored in memory. Safe to use from several threads, and after a fork."""
+
+    def __init__(self, path: Path) -> None:
+        """Creates the database if there is none. Raises AdapterUnavailable if it can't be used."""
+        self.path = path
+        self.entries: dict[str, Entry] = {}  # of removed ones those whose folder may still be there
+        self.versions: dict[str, AdapterVersion] = {}
+        self._shapes: dict[BaseShape, BaseShape] = {}  # one object for all that are equal
+        self._lock = threading.RLock()
+        self._open: tuple[int, sqlite3.Connection] | None = None
+        self._seen_data = self._seen_revision = self._seen_version = -1
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Take in what any process has changed; microseconds when nothing has."""
+        with self._lock, self._connection() as db:
+            data = db.execute("pragma data_version").fetchone()[0]
+            if data != self._seen_data:
+                self._take_in(db)
+                self._seen_data = data
+
+    def add_version(self, version: AdapterVersion) -> None:
+        """Remember what is known of a digest; the same digest may be added again."""
+        with self._change() as db:
+            facts = json.dumps(version.facts())
+            db.execute("insert or ignore into versions(digest, facts) values (?, ?)", (version.digest, facts))
+
+    def drop_versions(self, digests: list[str]) -> None:
+        """Forget versions whose content is deleted."""
+        with self._change() as db:
+            db.executemany("delete from versions where digest = ?", [(digest,) for digest in digests])
+        for digest in digests:
+            self.versions.pop(digest, None)
+
+    def push(
+        self, name: str, kind: Kind, value: str, *, action: str, origin: str, folder: str | None = None
+    ) -> Entry:
+        """Give a name a new value. One that it has already changes nothing but `folder`, where it is given.
+
+        Raises AdapterConflict when the name stands for something of another kind.
+        """
+        with self._change() as db:
+            old = self.entries.get(name)
+            if old is not None and old.value is not None and old.kind is not kind:
+                raise AdapterConflict(f"{name!r} is an {old.kind.value}: remove it, or choose another name")
+            stack = old.stack if old is not None and old.kind is kind else ()
+            if stack[-1:] != (value,):
+                stack = (*stack, value)[-MAX_STACK:]
+                self._log(db, name, action, value, origin)
+            keep = old.folder if old is not None and folder is None else folder
+            self._put(db, name, kind, stack, keep, None if old is None else old.created)
+        return self.entries[name]
+
+    def rollback(self, name: str, origin: str) -> Entry:
+        """Give a name its value before the current one. Raises AdapterNotFound, AdapterConflict where there is none."""
+        with self._change() as db:
+            old = self._known(name)
+            if len(old.stack) < 2:
+                raise AdapterConflict(f"{name!r} has no earlier value to roll back to")
+            self._log(db, name, "rollback", old.stack[-2], origin)
+            self._put(db, name, old.kind, old.stack[:-1], old.folder, old.created)
+        return self.entries[name]
+
+    def remove(self, name: str, origin: str, folder: str | None) -> Entry:
+        """Take a name away; what it was. `folder`: the signature of what lies under it in the adapters' folder.
+
+        Raises AdapterNotFound.
+        """
+        with self._change() as db:
+            old = self._known(name)
+            self._log(db, name, "remove", "", origin)
+            self._put(db, name, old.kind, (), folder, old.created)
+        return old
+
+    def history(self, name: str, limit: int = 100) -> list[Event]:
+        """The last changes of a name, newest first."""
+        with self._lock, self._connection() as db:
+            rows = db.execute(
+                "select action, value, origin, at from history where name = ? order by id desc limit ?", (name, limit)
+            )
+            return [Event(*row) for row in rows]
+
+    def close(self) -> None:
+        """Close this process's connection; the next use opens another. Before a fork."""
+        with self._lock:
+            if self._open is not None and self._open[0] == os.getpid():
+                self._open[1].close()
+            self._open, self._seen_data = None, -1
+
+    def _known(self, name: str) -> Entry:
+        entry = self.entries.get(name)
+        if entry is None or entry.value is None:
+            raise AdapterNotFound(name)
+        return entry
+
+    def _put(
+        self, db: sqlite3.Connection, name: str, kind: Kind, stack: tuple[str, ...], folder: str | None,
+        created: float | None,
+    ) -> None:  # fmt: skip
+        now = time.time()
+        db.execute(
+            "insert or replace into names select ?, ?, ?, ?, ?, ?, coalesce(max(revision), 0) + 1 from names",
+            (name, kind.value, json.dumps(stack), folder, now if created is None else created, now),
+        )
+
+    def _log(self, db: sqlite3.Connection, name: str, action: str, value: str, origin: str) -> None:
+        db.execute(
+            "insert into history(name, action, value, origin, at) values (?, ?, ?, ?, ?)",
+            (name, action, value, origin, time.time()),
+        )
+
+    def _take_in(self, db: sqlite3.Connection) -> None:
+        """Versions first: whoever sees a name without the lock finds what it means."""
+        for number, digest, facts in db.execute("select * from versions where id > ? order by id", (self._seen_version,)):
+            made = AdapterVersion.of_facts(digest, json.loads(facts))
+            self.versions[digest] = replace(made, shape=self._shapes.setdefault(made.shape, made.shape))
+            self._seen_version = number
+        rows = db.execute("select * from names where revision > ? order by revision", (self._seen_revision,))
+        for name, kind, stack, folder, created, updated, revision in rows:
+            entry = Entry(name, Kind(kind), tuple(json.loads(stack)), folder, created, updated)
+            if entry.value is None and folder is None:
+                self.entries.pop(name, None)
+            else:
+                self.entries[name] = entry
+            self._seen_revision = revision
+
+    @contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that sees every change before it."""
+        with self._lock, self._connection() as db:
+            db.execute("begin immediate")
+            try:
+                self._take_in(db)
+                yield db
+            except BaseException:
+                db.execute("rollback")
+                raise
+            db.execute("commit")
+            self._take_in(db)
+
+    @contextmanager
+    def _connection(self) -> Iterator[sqlite3.Connection]:
+        try:
+            if self._open is None or self._open[0] != os.getpid():
+                self._open = os.getpid(), self._connect()
+            yield self._open[1]
+        except sqlite3.Error as error:
+            raise AdapterUnavailable(f"the adapter registry {self.path} can't be used: {error}") from error
+
+    def _connect(self) -> sqlite3.Connection:
+        db = sqlite3.connect(self.path, BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+        db.execute("pragma journal_mode = wal")
+        db.execute("pragma synchronous = full")
+        version: Any = db.execute("pragma user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise AdapterUnavailable(
+                f"{self.path} was written by a newer Chorus (schema {version}, this one knows {SCHEMA_VERSION}): "
+                "use that one, or another --store-dir"
+            )
+        if version < SCHEMA_VERSION:
+            db.executescript(f"begin immediate; {_SCHEMA} pragma user_version = {SCHEMA_VERSION}; commit;")
+        return db

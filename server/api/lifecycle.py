@@ -1,0 +1,199 @@
+"""Adapters over HTTP: listing, publishing, aliases, rollback, removal; vLLM's two routes for the same.
+
+Reading needs the inference key, everything else the admin key (gate.py). A new version is stored, checked, and proved on
+the engine before a name means it.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from fastapi import Query
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
+from pydantic import ValidationError
+
+from adapters.archive import unpack
+from adapters.errors import AdapterError
+from adapters.registry import Kind
+from adapters.store import AdapterStore, Found
+from server.api.adapter_records import RecordWriter, facts
+from server.api.errors import ApiError
+from server.api.schemas_lifecycle import AliasRequest, LoadRequest, UnloadRequest, ValidateRequest
+from server.api.spec import ChorusSpec
+
+T = TypeVar("T")
+ORIGIN = "HTTP"
+DEFAULT_WAIT_SECONDS = 60.0
+WhenBusy = Annotated[Literal["wait", "refuse"], Query(description="Wait for its requests, or answer 409.")]
+Timeout = Annotated[float, Query(gt=0, le=3600, description="Seconds to wait for its requests.")]
+
+
+class LifecycleRoutes:
+    """The handlers over one spec."""
+
+    def __init__(self, spec: ChorusSpec) -> None:
+        self._spec = spec
+        self._records = RecordWriter(spec)
+        self._publishing = asyncio.Lock()  # one at a time: each takes disk, hashing and a place on the device
+
+    def register(self) -> None:
+        """Add the routes."""
+        for method, path, handler in (
+            ("GET", "/v1/adapters", self.list),
+            ("POST", "/v1/adapters:validate", self.validate),
+            ("GET", "/v1/adapters/{name}", self.show),
+            ("PUT", "/v1/adapters/{name}", self.upload),
+            ("DELETE", "/v1/adapters/{name}", self.delete),
+            ("POST", "/v1/adapters/{name}/rollback", self.rollback),
+            ("PUT", "/v1/aliases/{name}", self.put_alias),
+            ("DELETE", "/v1/aliases/{name}", self.delete),
+            ("POST", "/v1/aliases/{name}/rollback", self.rollback),
+            ("POST", "/v1/load_lora_adapter", self.load),
+            ("POST", "/v1/unload_lora_adapter", self.unload),
+        ):
+            self._spec.route(method, path, handler)
+
+    async def list(
+        self,
+        limit: Annotated[int, Query(ge=1, le=1000, description="Records of a page.")] = 100,
+        after: Annotated[str, Query(max_length=128, description="The last name of the page before.")] = "",
+    ) -> dict[str, Any]:
+        """Adapters and aliases by name, a page at a time, and the folders that were refused."""
+        return await asyncio.to_thread(self._records.page, after, limit)
+
+    async def show(self, name: str) -> dict[str, Any]:
+        """An adapter, an alias or a version (`name@digest`): what it is, where it stands, its history and report."""
+        return await _call("name", self._records.show, name)
+
+    async def upload(self, name: str, http: HttpRequest) -> dict[str, Any]:
+        """Publish a version: the body is a tar, tar.gz or zip of a PEFT adapter folder."""
+        await _call("name", self._store.check_name, name)
+        async with self._received(http) as (folder, ignored):
+            return await self._publish(name, folder, "upload") | {"ignored": ignored}
+
+    async def validate(self, http: HttpRequest) -> dict[str, Any]:
+        """Check without publishing: an archive as for PUT, or JSON with the `path` of a folder."""
+        if http.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
+            async with self._fetched(_parsed(await http.body()).path, "path") as (folder, _):
+                return {"valid": True, **facts(await _call("path", self._store.inspect, folder)), "ignored": []}
+        async with self._received(http) as (folder, ignored):
+            return {"valid": True, **facts(await _call("body", self._store.inspect, folder)), "ignored": ignored}
+
+    async def delete(
+        self, name: str, when_busy: WhenBusy = "wait", timeout: Timeout = DEFAULT_WAIT_SECONDS
+    ) -> JSONResponse:
+        """Take a name away. What runs finishes; whoever asks now gets 404."""
+        left = await self._remove(name, "name", when_busy, timeout)
+        return JSONResponse({"name": name, "removed": True, "in_flight": left}, 202 if left else 200)
+
+    async def rollback(self, name: str) -> dict[str, Any]:
+        """Give an adapter or an alias its value before."""
+        async with self._publishing:
+            before = await _call("name", self._store.before, name)
+            if before is not None:
+                await self._prove(before, "name")
+            await _call("name", self._store.rollback, name, ORIGIN)
+        return await self.show(name)
+
+    async def put_alias(self, name: str, body: AliasRequest) -> dict[str, Any]:
+        """Let a name, or `adapter@tag`, stand for an adapter, or for several by weight."""
+        targets = [(target.ref, target.weight) for target in body.targets]
+        await _call("targets", self._store.set_alias, name, targets, ORIGIN)
+        return await self.show(name)
+
+    async def load(self, body: LoadRequest) -> Response:
+        """vLLM's: publish `lora_path`, a folder inside the adapter roots or a source that is allowed."""
+        name, path = _required(body.lora_name, "lora_name"), _required(body.lora_path, "lora_path")
+        await _call("lora_name", self._store.check_name, name)
+        if not body.load_inplace and self._store.has(name):
+            problem = f"`lora_name` {name!r} is loaded already; set `load_inplace` true to replace it"
+            raise ApiError(400, "validation", problem, param="lora_name")
+        async with self._fetched(path, "lora_path") as (folder, origin):
+            await self._publish(name, folder, origin)
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def unload(self, body: UnloadRequest) -> Response:
+        """vLLM's: take a name away."""
+        name = _required(body.lora_name, "lora_name")
+        left = await self._remove(
+            name, "lora_name", body.when_busy or "wait", body.timeout or DEFAULT_WAIT_SECONDS
+        )  # fmt: skip
+        still = f" {left} requests that run still use it." if left else ""
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' removed successfully.{still}", 202 if left else 200)
+
+    @property
+    def _store(self) -> AdapterStore:
+        return self._spec.state.store
+
+    @asynccontextmanager
+    async def _received(self, http: HttpRequest) -> AsyncGenerator[tuple[Path, "list[str]"]]:
+        """The adapter folder that a body holds, and the names of what it holds beside."""
+        with self._store.objects.staging() as staging:
+            with (staging / "archive").open("wb") as file:
+                async for chunk in http.stream():
+                    await asyncio.to_thread(file.write, chunk)
+            unpacked = await _call("body", unpack, staging / "archive", staging / "unpacked")
+            yield unpacked.folder, list(unpacked.ignored)
+
+    @asynccontextmanager
+    async def _fetched(self, source: str, field: str) -> AsyncGenerator[tuple[Path, str]]:
+        """The adapter folder that a path or address names, and where it came from."""
+        downloads = self._store.objects.downloads(source)
+        fetched = await _call(field, self._spec.state.sources.fetch, source, downloads)
+        yield fetched.folder, fetched.origin
+
+    async def _publish(self, name: str, folder: Path, origin: str) -> dict[str, Any]:
+        async with self._publishing:
+            found = await _call("name", self._store.stage, name, folder)
+            await self._prove(found, "name")
+            await _call("name", self._store.publish, found, origin)
+        return await self.show(name)
+
+    async def _prove(self, found: Found, field: str) -> None:
+        """Let the engine load a version, check its values and replay its golden prompts. Raises ApiError."""
+        error = await self._spec.prove(found.ref)
+        if error is not None:
+            error.param = field
+            raise error
+
+    async def _remove(self, name: str, field: str, when_busy: str, seconds: float) -> int:
+        """Requests that still use it after `seconds`."""
+        in_flight = self._spec.in_flight
+        if when_busy == "refuse" and (count := in_flight.count(name)):
+            problem = f"{count} requests in flight use {name!r}; try again, or wait for them with when_busy=wait"
+            raise ApiError(409, "conflict", problem, {"x-should-retry": "false"}, param=field)
+        entry = await _call(field, self._store.remove, name, ORIGIN)
+        if entry.kind is Kind.ALIAS:
+            return 0
+        await in_flight.idle(name, seconds)
+        for digest in set(entry.stack) - self._store.digests():
+            self._spec.engine.forget(digest)
+        return in_flight.count(name)
+
+
+async def _call(field: str, work: Callable[..., T], *arguments: Any) -> T:
+    """Run in a thread; the errors of adapters and of values become answers about `field`."""
+    try:
+        return await asyncio.to_thread(work, *arguments)
+    except AdapterError as error:
+        raise ApiError.of_adapter(error, field) from None
+    except ValueError as error:
+        raise ApiError.invalid(field, str(error)) from None
+
+
+def _required(value: str | None, field: str) -> str:
+    if not value:
+        raise ApiError(400, "validation", f"`{field}` is missing", param=field)
+    return value
+
+
+def _parsed(body: bytes) -> ValidateRequest:
+    try:
+        return ValidateRequest.model_validate_json(body)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "body"
+        raise ApiError(422, "validation", f"`{where}`: {problem['msg']}", param=where) from None
