@@ -4,12 +4,14 @@ Members are listed first and all of them judged; then the few that make an adapt
 own plain name: no path of the archive ever reaches the file system. Every limit counts bytes that were really read.
 """
 
+import errno
 import io
 import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -68,16 +70,14 @@ def unpack(archive: Path, into: Path, max_bytes: int = 1 << 30) -> Unpacked:
     except BaseException as error:
         for name in ADAPTER_FILES:
             (into / name).unlink(missing_ok=True)
-        if isinstance(error, _BROKEN):
-            raise AdapterRefused(f"{archive.name} is damaged: {error}") from None
-        if isinstance(error, OSError):
-            raise AdapterUnavailable(f"{archive.name} can't be unpacked: {error.strerror or error}") from error
+        if isinstance(error, FileNotFoundError):
+            raise AdapterUnavailable(f"{archive.name} can't be read: {error.strerror}") from error
         raise
 
 
 def _list(file: BinaryIO, what: str, max_bytes: int) -> list[_File]:
     magic = file.read(4)
-    members = _zip(file) if magic in (b"PK\3\4", b"PK\5\6") else _tar(file, magic[:2] == b"\x1f\x8b", what, max_bytes)
+    members = _zip(file, what) if magic in (b"PK\3\4", b"PK\5\6") else _tar(file, magic[:2] == b"\x1f\x8b", what, max_bytes)
     files: list[_File] = []
     for count, (name, is_file, chunks) in enumerate(members, 1):
         if count > MAX_MEMBERS:
@@ -118,7 +118,7 @@ def _choose(files: Iterable[_File], what: str) -> tuple[list[_File], tuple[str, 
 def _write(entry: _File, target: Path, left: int, max_bytes: int) -> int:
     """Returns the bytes written."""
     limit, written = _LIMITS.get(target.name, MAX_SIDECAR_BYTES), 0
-    with target.open("xb") as copy:
+    with _writing(target), target.open("xb") as copy:
         for chunk in entry.chunks():
             written += len(chunk)
             if written > limit:
@@ -127,6 +127,14 @@ def _write(entry: _File, target: Path, left: int, max_bytes: int) -> int:
                 raise AdapterRefused(f"{entry.name!r}: the archive expands to more than {max_bytes:,} bytes")
             copy.write(chunk)
     return written
+
+
+@contextmanager
+def _writing(target: Path) -> Generator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise AdapterUnavailable(f"{target.name} can't be unpacked: {error.strerror or error}") from error
 
 
 def _parts(name: str) -> tuple[str, ...]:
@@ -155,11 +163,13 @@ def _tar(file: BinaryIO, gzipped: bool, what: str, max_bytes: int) -> Iterator[_
         yield member.name, member.is_file, partial(source.chunks, member)
 
 
-def _zip(file: BinaryIO) -> Iterator[_Member]:
+def _zip(file: BinaryIO, what: str) -> Iterator[_Member]:
     try:
         archive = zipfile.ZipFile(cast("BinaryIO", _Bounded(file)))
     except UnicodeDecodeError:
-        raise AdapterRefused("a member's name is not UTF-8, though the zip says it is") from None
+        raise AdapterRefused(f"{what} has a member whose name is not UTF-8, though it says so") from None
+    except _BROKEN as error:
+        raise AdapterRefused(f"{what} is damaged: {error}") from None
     for info in archive.infolist():
         kind = stat.S_IFMT(info.external_attr >> 16)
         if kind in _KINDS:
@@ -195,6 +205,8 @@ class _Bounded(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
         place = offset + (0, self._file.tell(), self._size)[whence]
+        if place < 0 and whence == io.SEEK_END:
+            raise OSError(errno.EINVAL, "before the beginning")  # `zipfile` tries, and expects this
         if not 0 <= place <= self._size:
             raise zipfile.BadZipFile(f"it points to byte {place:,} of {self._size:,}")
         return self._file.seek(place)

@@ -130,7 +130,7 @@ def test_a_file_larger_than_the_limit_is_not_read(tmp_path: Path) -> None:
 def test_a_file_that_is_no_safetensors_is_refused(content: bytes, tmp_path: Path) -> None:
     folder = write_adapter(tmp_path)
     (folder / WEIGHTS_FILE).write_bytes(content)
-    with pytest.raises(AdapterRefused, match="not a valid safetensors file|holds list"):
+    with pytest.raises(AdapterRefused, match=r"not a valid safetensors file|holds list"):
         inspect_adapter(folder, "a", SHAPE)
 
 
