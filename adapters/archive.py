@@ -4,36 +4,25 @@ Members are listed first and all of them judged; then the few that make an adapt
 own plain name: no path of the archive ever reaches the file system. Every limit counts bytes that were really read.
 """
 
-import errno
-import io
-import stat
-import struct
-import zipfile
-import zlib
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO
 
 from adapters.errors import AdapterRefused, AdapterUnavailable
 from adapters.lora_config import CONFIG_FILE, MAX_CONFIG_BYTES
 from adapters.objects import ADAPTER_FILES, MAX_SIDECAR_BYTES
-from adapters.tarstream import CHUNK, TarStream
-from adapters.tensorfile import open_regular
+from adapters.tarstream import TarStream
+from adapters.tensorfile import open_regular, shown
 from adapters.validation import MAX_WEIGHTS_BYTES, WEIGHTS_FILE
+from adapters.zipstream import ArchiveMember, zip_members
 
 MAX_MEMBERS = 10_000
 MAX_NAME_CHARS = 1024
-MAX_ZIP_DIRECTORY_BYTES = 1 << 20
 _LIMITS = {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: MAX_WEIGHTS_BYTES}
 _LISTED = 100
-_KINDS = {
-    stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
-}  # fmt: skip
-_BROKEN = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, NotImplementedError, RuntimeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -77,7 +66,11 @@ def unpack(archive: Path, into: Path, max_bytes: int = 1 << 30) -> Unpacked:
 
 def _list(file: BinaryIO, what: str, max_bytes: int) -> list[_File]:
     magic = file.read(4)
-    members = _zip(file, what) if magic in (b"PK\3\4", b"PK\5\6") else _tar(file, magic[:2] == b"\x1f\x8b", what, max_bytes)
+    members = (
+        zip_members(file, what)
+        if magic in (b"PK\3\4", b"PK\5\6")
+        else _tar(file, magic[:2] == b"\x1f\x8b", what, max_bytes)
+    )
     files: list[_File] = []
     for count, (name, is_file, chunks) in enumerate(members, 1):
         if count > MAX_MEMBERS:
@@ -96,7 +89,9 @@ def _choose(files: Iterable[_File], what: str) -> tuple[list[_File], tuple[str, 
         raise AdapterRefused(f"{what} holds no {CONFIG_FILE}: expected an archive of a PEFT adapter folder")
     if len(homes) > 1:
         first, second = list(homes.values())[:2]
-        raise AdapterRefused(f"{what} holds two adapters, {first!r} and {second!r}: send one folder at a time")
+        raise AdapterRefused(
+            f"{what} holds two adapters, {shown(first)} and {shown(second)}: send one folder at a time"
+        )
     (home,) = homes
     wanted: dict[str, _File] = {}
     ignored: list[str] = []
@@ -105,12 +100,12 @@ def _choose(files: Iterable[_File], what: str) -> tuple[list[_File], tuple[str, 
         if file.parts[:-1] != home or name not in ADAPTER_FILES:
             ignored.append(file.name)
         elif name in wanted:
-            raise AdapterRefused(f"{what} holds {file.name!r} twice")
+            raise AdapterRefused(f"{what} holds {shown(file.name)} twice")
         else:
             wanted[name] = file
     if WEIGHTS_FILE not in wanted:
         pickles = [name for name in ignored if name.endswith((".bin", ".pt", ".pth", ".pkl", ".ckpt"))]
-        hint = f" ({pickles[0]!r} is a pickle: convert it to safetensors)" if pickles else ""
+        hint = f" ({shown(pickles[0])} is a pickle: convert it to safetensors)" if pickles else ""
         raise AdapterRefused(f"{what} holds no {WEIGHTS_FILE} beside {CONFIG_FILE}{hint}")
     return list(wanted.values()), tuple(ignored[:_LISTED])
 
@@ -122,9 +117,9 @@ def _write(entry: _File, target: Path, left: int, max_bytes: int) -> int:
         for chunk in entry.chunks():
             written += len(chunk)
             if written > limit:
-                raise AdapterRefused(f"{entry.name!r} is larger than {limit:,} bytes")
+                raise AdapterRefused(f"{shown(entry.name)} is larger than {limit:,} bytes")
             if written > left:
-                raise AdapterRefused(f"{entry.name!r}: the archive expands to more than {max_bytes:,} bytes")
+                raise AdapterRefused(f"{shown(entry.name)}: the archive expands to more than {max_bytes:,} bytes")
             copy.write(chunk)
     return written
 
@@ -139,80 +134,21 @@ def _writing(target: Path) -> Generator[None]:
 
 def _parts(name: str) -> tuple[str, ...]:
     """A member's path, judged."""
-    shown = repr(name if len(name) <= 80 else f"{name[:80]}...")
     if any("\ud800" <= char <= "\udfff" for char in name):
-        raise AdapterRefused(f"the member {shown} has a name that is not UTF-8")
+        raise AdapterRefused(f"the member {shown(name)} has a name that is not UTF-8")
     if "\\" in name or "\0" in name:
-        raise AdapterRefused(f"the member {shown} has a backslash or a null character in its name")
+        raise AdapterRefused(f"the member {shown(name)} has a backslash or a null character in its name")
     if name.startswith("/"):
-        raise AdapterRefused(f"the member {shown} has an absolute path")
+        raise AdapterRefused(f"the member {shown(name)} has an absolute path")
     if len(name) > MAX_NAME_CHARS:
-        raise AdapterRefused(f"the member {shown} has a name of {len(name)} characters")
+        raise AdapterRefused(f"the member {shown(name)} has a name of {len(name)} characters")
     parts = tuple(part for part in name.split("/") if part not in ("", "."))
     if ".." in parts:
-        raise AdapterRefused(f"the member {shown} has '..' in its path")
+        raise AdapterRefused(f"the member {shown(name)} has '..' in its path")
     return parts or (".",)
 
 
-_Member = tuple[str, bool, Callable[[], Iterator[bytes]]]  # name, whether it is a file and no folder, its bytes
-
-
-def _tar(file: BinaryIO, gzipped: bool, what: str, max_bytes: int) -> Iterator[_Member]:
+def _tar(file: BinaryIO, gzipped: bool, what: str, max_bytes: int) -> Iterator[ArchiveMember]:
     source = TarStream(file, gzipped, what, max_bytes)  # the wanted ones are read in the archive's order: in one go
     for member in TarStream(file, gzipped, what, max_bytes).members():
         yield member.name, member.is_file, partial(source.chunks, member)
-
-
-def _zip(file: BinaryIO, what: str) -> Iterator[_Member]:
-    try:
-        archive = zipfile.ZipFile(cast("BinaryIO", _Bounded(file)))
-    except UnicodeDecodeError:
-        raise AdapterRefused(f"{what} has a member whose name is not UTF-8, though it says so") from None
-    except _BROKEN as error:
-        raise AdapterRefused(f"{what} is damaged: {error}") from None
-    for info in archive.infolist():
-        kind = stat.S_IFMT(info.external_attr >> 16)
-        if kind in _KINDS:
-            raise AdapterRefused(f"the member {info.filename!r} is {_KINDS[kind]}; only files and folders are taken")
-        if info.flag_bits & 1:
-            raise AdapterRefused(f"the member {info.filename!r} is encrypted: send the archive without a password")
-        yield info.orig_filename, not info.is_dir(), partial(_unzipped, archive, info)
-
-
-def _unzipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Iterator[bytes]:
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # others expand without a bound
-        raise AdapterRefused(f"the member {info.filename!r} is compressed in way {info.compress_type}: use deflate")
-    try:
-        with archive.open(info) as member:
-            while chunk := member.read(CHUNK):
-                yield chunk
-    except _BROKEN as error:
-        raise AdapterRefused(f"the member {info.filename!r} is damaged: {error or 'cut off'}") from None
-
-
-class _Bounded(io.RawIOBase):
-    """A file that `zipfile` can't be led to read too much of at once, or outside of."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._size = file, file.seek(0, io.SEEK_END)
-
-    def read(self, size: int = -1, /) -> Any:
-        left = max(self._size - self._file.tell(), 0)
-        count = left if size < 0 else min(size, left)
-        if count > MAX_ZIP_DIRECTORY_BYTES:
-            raise AdapterRefused(f"the zip's directory has {count:,} bytes; at most {MAX_MEMBERS:,} members are taken")
-        return self._file.read(count)
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
-        place = offset + (0, self._file.tell(), self._size)[whence]
-        if place < 0 and whence == io.SEEK_END:
-            raise OSError(errno.EINVAL, "before the beginning")  # `zipfile` tries, and expects this
-        if not 0 <= place <= self._size:
-            raise zipfile.BadZipFile(f"it points to byte {place:,} of {self._size:,}")
-        return self._file.seek(place)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def seekable(self) -> bool:
-        return True

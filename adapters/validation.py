@@ -19,7 +19,8 @@ from adapters.tensorfile import TensorHeader, chunks, open_regular, read_headers
 WEIGHTS_FILE = "adapter_model.safetensors"
 MAX_WEIGHTS_BYTES = 1 << 30
 _TENSOR_NAME = re.compile(
-    rf"base_model\.model\.(?:transformer\.)?h\.(0|[1-9][0-9]*)\.({'|'.join(map(re.escape, TARGETS))})\.lora_([AB])\.weight"
+    r"base_model\.model\.(?:transformer\.)?h\.(0|[1-9][0-9]*)"
+    rf"\.({'|'.join(map(re.escape, TARGETS))})\.lora_([AB])\.weight"
 )
 
 

@@ -114,10 +114,6 @@ def broken_member(data: bytearray) -> None:
     data[data.find(b"peft_type")] ^= 1
 
 
-def twice(target: Path, files: Files) -> object:
-    return tar(target, [entry(n, d) for n, d in [*files.items(), *files.items()]])
-
-
 def plus(more: Files) -> Make:
     return lambda target, files: tar_of(target, files | more)
 
@@ -163,7 +159,10 @@ HOSTILE: dict[str, tuple[Make, str]] = {
     "zipped link": (zipped_as(stat.S_IFLNK | 0o777), f"'{CONFIG_FILE}' is a symbolic link"),
     "zipped pipe": (zipped_as(stat.S_IFIFO), f"'{CONFIG_FILE}' is a pipe"),
     "zipped device": (zipped_as(stat.S_IFCHR), f"'{CONFIG_FILE}' is a device"),
-    "twice": (twice, f"upload holds '{CONFIG_FILE}' twice"),
+    "twice": (
+        lambda t, f: tar(t, [entry(n, d) for n, d in [*f.items(), *f.items()]]),
+        f"upload holds '{CONFIG_FILE}' twice",
+    ),
     "twice by another name": (plus({f"./{WEIGHTS_FILE}": b""}), f"upload holds './{WEIGHTS_FILE}' twice"),
     "two adapters": (
         plus({f"checkpoint-9/{CONFIG_FILE}": b"{}"}),
@@ -219,7 +218,8 @@ HOSTILE: dict[str, tuple[Make, str]] = {
         "'golden.json' is damaged: Bad CRC-32",
     ),
     "a zip's directory elsewhere": (
-        patched(zip_of, lambda d: struct.pack_into("<I", d, d.rfind(b"PK\5\6") + 16, 1 << 31)), "is damaged: it points to",
+        patched(zip_of, lambda d: struct.pack_into("<I", d, d.rfind(b"PK\5\6") + 16, 1 << 31)),
+        "is damaged: it points to",
     ),
     "a member outside the zip": (
         patched(zip_of, lambda d: struct.pack_into("<I", d, d.find(b"PK\1\2") + 42, 1 << 31)),
@@ -247,7 +247,7 @@ def test_too_many_members_are_refused(writer: str, good: Path, tmp_path: Path, m
 
 
 def test_a_zip_whose_directory_is_huge_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    with pytest.raises(AdapterRefused, match=r"directory has .* at most 10,000 members"):
+    with pytest.raises(AdapterRefused, match=r"directory has .* bytes; at most 1,048,576 are read"):
         opened(tmp_path, zip_of, {f"{i:0100}": b"" for i in range(8000)})
 
 
@@ -298,6 +298,6 @@ def test_what_lies_in_the_target_is_not_written_through(good: Path, tmp_path: Pa
     (tmp_path / "into").mkdir()
     (tmp_path / "victim").write_text("mine")
     (tmp_path / "into" / CONFIG_FILE).symlink_to(tmp_path / "victim")
-    with pytest.raises(AdapterUnavailable, match="adapter_config.json can't be unpacked: File exists"):
+    with pytest.raises(AdapterUnavailable, match=r"adapter_config\.json can't be unpacked: File exists"):
         opened(tmp_path, tar_of, files_of(good))
     assert (tmp_path / "victim").read_text() == "mine"
