@@ -5,6 +5,7 @@
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from adapters.errors import AdapterRefused
@@ -17,9 +18,11 @@ MAX_STEPS = 400_000
 """For all expressions of a field together and one name; some 15 ms."""
 MAX_ALL_CHARS = 32 << 10
 _NAME_CHARS = 30
-_COMMENTS = re.compile(
-    r"\(\?(#|[aiLmsu-]*x)"
-)  # what stands in them would be taken for groups and classes, or hide them
+_NO_SYNTAX = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?", re.S)  # escapes, classes, and how groups begin
+# What stands in a comment would be taken for groups and classes here, or hide them.
+_COMMENTS = re.compile(r"\(\?(#|[aiLmsu-]*x)")
+
+_Paths = Counter[int]
 
 
 def compile_all(patterns: Sequence[str], field: str, before: str = "", after: str = "") -> list[re.Pattern[str]]:
@@ -52,18 +55,32 @@ def compile_all(patterns: Sequence[str], field: str, before: str = "", after: st
 def _steps(pattern: str) -> int:
     """A bound on the ways in which a backtracking matcher may walk a name.
 
-    Without repeated groups: each repetition ends at some later place in the name, each group takes one alternative.
+    A path takes one alternative of each group; each repetition on it ends at the same or a later place in the name.
     """
-    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]|\(\?", lambda found: "(" if found[0] == "(?" else "_", pattern, flags=re.S)
+    bare = _NO_SYNTAX.sub(lambda found: "(" if found[0] == "(?" else "_", pattern)
     if re.search(r"\)[*+{]", bare) or _COMMENTS.search(pattern):
         return MAX_STEPS + 1
-    repeats = len(re.findall(r"[*+?{]+", bare))
-    ways, alternatives = 1, [1]
-    for char in bare:
-        if char == "(":
-            alternatives.append(1)
-        elif char == "|":
-            alternatives[-1] += 1
-        elif char == ")" and len(alternatives) > 1:
-            ways *= alternatives.pop()
-    return ways * math.prod(alternatives) * math.comb(_NAME_CHARS + repeats, repeats)
+    # Paths by their number of repetitions: of the alternatives before, and of the one being read; by open groups.
+    before, here = [_Paths()], [_Paths({0: 1})]
+    for token in re.findall(r"[*+?{]+|[(|)]", bare):
+        if token == "(":
+            before.append(_Paths())
+            here.append(_Paths({0: 1}))
+        elif token == "|":
+            before[-1] += here[-1]
+            here[-1] = _Paths({0: 1})
+        elif token != ")":
+            here[-1] = _then(here[-1], _Paths({1: 1}))
+        elif len(here) > 1:
+            group = before.pop() + here.pop()
+            here[-1] = _then(here[-1], group)
+    paths = sum(before + here, _Paths())
+    return sum(number * math.comb(_NAME_CHARS + repeats, repeats) for repeats, number in paths.items())
+
+
+def _then(first: _Paths, second: _Paths) -> _Paths:
+    both = _Paths()
+    for repeats, number in first.items():
+        for more, others in second.items():
+            both[repeats + more] += number * others
+    return both

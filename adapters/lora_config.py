@@ -9,7 +9,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from adapters.adapter import TARGETS, BaseShape, ModuleKey
 from adapters.errors import AdapterRefused
@@ -162,7 +162,7 @@ def _as_list(value: Any, field: str) -> list[Any]:
     return values
 
 
-_Names = Literal["all-linear"] | list[str] | re.Pattern[str]
+_Names = str | list[str] | re.Pattern[str]  # a str is "all-linear"
 
 
 def _listed(config: Mapping[str, Any], field: str) -> _Names | None:
