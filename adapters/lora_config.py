@@ -6,21 +6,22 @@ Source: `peft.LoraConfig` and its matching rules (`check_target_module_exists`, 
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from adapters.adapter import TARGETS, BaseShape, ModuleKey
 from adapters.errors import AdapterRefused
+from adapters.expressions import compile_all
 from adapters.tensorfile import open_regular, parse_json, shown
 
 CONFIG_FILE = "adapter_config.json"
 MAX_CONFIG_BYTES = 1 << 20
-MAX_REGEX_CHARS = 256
-MAX_REGEX_REPEATS = 6
 MAX_RANK = 512
 MAX_BASE_CHARS = 1024
+MAX_LISTED = 1024
+"""Names or layers in one list; more than any GPT-2 has projections."""
 
 _HONOURED = {
     "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules",
@@ -42,26 +43,27 @@ class LoraSpec:
     base_model: str | None
 
 
-def read_lora_spec(folder: Path, shape: BaseShape) -> LoraSpec:
-    """Read and check `folder/adapter_config.json` against a base of `shape`.
+def read_lora_spec(folder: Path, shape: BaseShape, roots: Collection[Path] | None = None) -> LoraSpec:
+    """Read and check `folder/adapter_config.json` against a base of `shape`. `roots`: where it may lie, or anywhere.
 
     Raises AdapterRefused naming the field, its value and what is expected; AdapterUnavailable on I/O errors.
     """
-    config = _read_json(folder / CONFIG_FILE)
+    config = _read_json(folder / CONFIG_FILE, roots)
     _refuse_unsupported(config)
     rank, alpha = _integer(config, "r", 8), _number(config.get("lora_alpha", 8), "lora_alpha")
     rslora = config.get("use_rslora") or False
     if not isinstance(rslora, bool):
         raise AdapterRefused(f"use_rslora is {shown(rslora)}: expected true or false")
+    targets = _Targets(config)
     rank_pattern, alpha_pattern = _pattern(config, "rank_pattern"), _pattern(config, "alpha_pattern")
     modules: dict[ModuleKey, tuple[int, float]] = {}
     for layer in range(shape.n_layer):
         for target in TARGETS:
             key = ModuleKey(layer, target)
-            if not _targets(config, f"transformer.{key}"):
+            if not targets.include(f"transformer.{key}"):
                 continue
             r = _matched(rank_pattern, f"transformer.{key}", rank)
-            if not (isinstance(r, int) and 1 <= r <= MAX_RANK):
+            if not (type(r) is int and 1 <= r <= MAX_RANK):
                 raise AdapterRefused(f"rank {shown(r)} of {key} is not an integer from 1 to {MAX_RANK}")
             a = _number(_matched(alpha_pattern, f"transformer.{key}", alpha), "alpha_pattern")
             modules[key] = (r, a / math.sqrt(r) if rslora else a / r)
@@ -76,12 +78,13 @@ def read_lora_spec(folder: Path, shape: BaseShape) -> LoraSpec:
     return LoraSpec(modules, base if isinstance(base, str) else None)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, roots: Collection[Path] | None) -> dict[str, Any]:
     try:
-        with open_regular(path, MAX_CONFIG_BYTES) as file:
-            value = parse_json(file.read(MAX_CONFIG_BYTES), CONFIG_FILE)
+        with open_regular(path, MAX_CONFIG_BYTES, roots) as file:
+            text = file.read(MAX_CONFIG_BYTES)
     except FileNotFoundError:
         raise AdapterRefused(f"no {CONFIG_FILE} in {path.parent.name}: not a PEFT adapter folder") from None
+    value = parse_json(text, CONFIG_FILE)
     if not isinstance(value, dict):
         raise AdapterRefused(f"{CONFIG_FILE} holds {type(value).__name__}, expected an object")
     return cast("dict[str, Any]", value)
@@ -107,81 +110,94 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
             raise AdapterRefused(f"{field[:80]} is {shown(value)}: this field is not supported")
 
 
-def _targets(config: Mapping[str, Any], name: str) -> bool:
-    """Whether PEFT would adapt the module called `name`, e.g. `transformer.h.0.attn.c_attn`."""
-    wanted, excluded = config.get("target_modules"), config.get("exclude_modules")
-    if excluded and _listed(excluded, name, "exclude_modules"):
-        return False
-    if wanted == "all-linear":
-        return True
-    if not wanted or not _listed(wanted, name, "target_modules"):
-        return False
-    layers = _layers(config)
-    if not layers or isinstance(wanted, str) or name in wanted:  # a full name is adapted whatever its layer
-        return True
-    if patterns := _layers_patterns(config):
-        matches = (re.match(pattern, name) for pattern in patterns)
-        found = next((m for m in matches if m), None)
-    else:
-        found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
-    return found is not None and found["idx"] is not None and int(found["idx"]) in layers
+class _Targets:
+    """Which modules PEFT would adapt; the fields are checked and compiled once."""
+
+    def __init__(self, config: Mapping[str, Any]) -> None:
+        self._wanted = _listed(config, "target_modules")
+        self._excluded = _listed(config, "exclude_modules")
+        self._layers = _layers(config)
+        self._patterns = _layers_patterns(config)
+
+    def include(self, name: str) -> bool:
+        """Whether the module called `name`, e.g. `transformer.h.0.attn.c_attn`, is adapted."""
+        wanted, excluded = self._wanted, self._excluded
+        if excluded is not None and _names(excluded, name):
+            return False
+        if wanted == "all-linear":
+            return True
+        if wanted is None or not _names(wanted, name):
+            return False
+        if not self._layers or not isinstance(wanted, list) or name in wanted:  # a full name skips the layers
+            return True
+        if self._patterns:
+            matches = (pattern.match(name) for pattern in self._patterns)
+            found = next((match for match in matches if match), None)
+        else:
+            found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
+        return found is not None and found["idx"] is not None and int(found["idx"]) in self._layers
 
 
 def _layers(config: Mapping[str, Any]) -> list[int]:
     """The layers that `layers_to_transform` names; empty for all of them."""
     value: Any = config.get("layers_to_transform")
-    layers = _as_list([] if value is None else value)
+    layers = _as_list([] if value is None else value, "layers_to_transform")
     if not all(isinstance(layer, int) and not isinstance(layer, bool) for layer in layers):
         raise AdapterRefused(f"layers_to_transform is {shown(value)}: expected a layer's number or a list of them")
     return layers
 
 
-def _layers_patterns(config: Mapping[str, Any]) -> list[str]:
+def _layers_patterns(config: Mapping[str, Any]) -> list[re.Pattern[str]]:
     value: Any = config.get("layers_pattern") or []
-    patterns = _as_list(value)
+    patterns = _as_list(value, "layers_pattern")
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise AdapterRefused(f"layers_pattern is {shown(value)}: expected a name or a list of names")
-    return [_regex(pattern, "layers_pattern", r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\.") for pattern in patterns]
+    return compile_all(patterns, "layers_pattern", r"(?:^|.*?\.)", r"\.(?P<idx>\d+)\.")
 
 
-def _as_list(value: Any) -> list[Any]:
-    return cast("list[Any]", value) if isinstance(value, list) else [value]
+def _as_list(value: Any, field: str) -> list[Any]:
+    values = cast("list[Any]", value) if isinstance(value, list) else [value]
+    if len(values) > MAX_LISTED:
+        raise AdapterRefused(f"{field} lists {len(values):,} entries; at most {MAX_LISTED:,} are taken")
+    return values
 
 
-def _listed(names: Any, name: str, field: str) -> bool:
-    if isinstance(names, str):
-        return re.fullmatch(_regex(names, field), name) is not None
-    if isinstance(names, list) and all(isinstance(n, str) for n in cast("list[Any]", names)):
-        return any(name == n or name.endswith(f".{n}") for n in cast("list[str]", names))
-    raise AdapterRefused(f"{field} is {shown(names)}: expected a list of names or a regular expression")
+_Names = str | list[str] | re.Pattern[str]  # a str is "all-linear"
 
 
-def _pattern(config: Mapping[str, Any], field: str) -> dict[str, Any]:
+def _listed(config: Mapping[str, Any], field: str) -> _Names | None:
+    """The names or the expression in `field`; None if there are none."""
+    value: Any = config.get(field)
+    if not value:
+        return None
+    if value == "all-linear" and field == "target_modules":
+        return "all-linear"
+    if isinstance(value, str):
+        return compile_all([value], field)[0]
+    if isinstance(value, list) and all(isinstance(name, str) for name in cast("list[Any]", value)):
+        return _as_list(value, field)
+    raise AdapterRefused(f"{field} is {shown(value)}: expected a list of names or a regular expression")
+
+
+def _names(names: _Names, name: str) -> bool:
+    if isinstance(names, list):
+        return any(name == listed or name.endswith(f".{listed}") for listed in names)
+    return isinstance(names, re.Pattern) and names.fullmatch(name) is not None
+
+
+_Pattern = list[tuple[re.Pattern[str], Any]]
+
+
+def _pattern(config: Mapping[str, Any], field: str) -> _Pattern:
     value: Any = config.get(field) or {}
     if not isinstance(value, dict):
         raise AdapterRefused(f"{field} is {shown(value)}: expected an object of module name to number")
     pattern = cast("dict[str, Any]", value)
-    return {_regex(key, field, r"(.*\.)?(", r")$"): number for key, number in pattern.items()}
+    return list(zip(compile_all(list(pattern), field, r"(.*\.)?(", r")$"), pattern.values(), strict=True))
 
 
-def _regex(pattern: str, field: str, before: str = "", after: str = "") -> str:
-    """`before` + pattern + `after`, the pattern checked. Refused: repeated groups, many repetitions (too slow)."""
-    bare = re.sub(r"\\.|\[\^?\]?[^\]]*\]|\(\?", "_", pattern)  # without escapes, classes and the `(?` of groups
-    repeats = len(re.findall(r"[*+?{]+", bare))
-    if len(pattern) > MAX_REGEX_CHARS or repeats > MAX_REGEX_REPEATS or re.search(r"\)[*+{]", bare):
-        raise AdapterRefused(
-            f"{field} holds the expression {shown(pattern)}: longer than {MAX_REGEX_CHARS} characters, "
-            f"with more than {MAX_REGEX_REPEATS} repetitions or with a repeated group"
-        )
-    try:
-        re.compile(f"{before}{pattern}{after}")
-    except (re.error, OverflowError, RecursionError) as error:
-        raise AdapterRefused(f"{field} holds {shown(pattern)}, not a regular expression: {error}") from None
-    return f"{before}{pattern}{after}"
-
-
-def _matched(patterns: Mapping[str, Any], name: str, default: Any) -> Any:
-    return next((v for p, v in patterns.items() if re.match(p, name)), default)
+def _matched(patterns: _Pattern, name: str, default: Any) -> Any:
+    return next((value for pattern, value in patterns if pattern.match(name)), default)
 
 
 def _integer(config: Mapping[str, Any], field: str, default: int) -> int:

@@ -7,7 +7,7 @@ Format: 8 bytes little-endian length, that many bytes of JSON, the tensors' byte
 import json
 import os
 import stat
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,10 +64,11 @@ def open_tensors(path: Path, framework: str) -> Generator[TensorFile]:
 
 
 @contextmanager
-def open_regular(path: Path, limit: int) -> Generator[BinaryIO]:
+def open_regular(path: Path, limit: int, roots: Collection[Path] | None = None) -> Generator[BinaryIO]:
     """Open a regular file of at most `limit` bytes. Raises AdapterRefused for anything else, never waits for a pipe.
 
-    Raises FileNotFoundError when it is not there, AdapterUnavailable when it can't be read.
+    `roots`: resolved folders, in one of which the file itself must lie, whatever links led to it; None: anywhere.
+    Raises FileNotFoundError when it is not there, AdapterUnavailable when it can't be read or has changed meanwhile.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -83,9 +84,20 @@ def open_regular(path: Path, limit: int) -> Generator[BinaryIO]:
         raise AdapterRefused(f"{path.name} has {status.st_size:,} bytes; at most {limit:,} are read")
     with open(descriptor, "rb") as file:
         try:
+            if roots is not None and not _lies_in(path, status, roots):
+                raise AdapterRefused(f"{path.name} is a link that leads outside of where adapters may lie")
             yield file
+            now = os.fstat(descriptor)
         except OSError as error:
             raise AdapterUnavailable(f"{path.name} can't be read: {error.strerror or error}") from error
+    if (now.st_size, now.st_mtime_ns) != (status.st_size, status.st_mtime_ns):
+        raise AdapterUnavailable(f"{path.name} changed while it was read")
+
+
+def _lies_in(path: Path, opened: os.stat_result, roots: Collection[Path]) -> bool:
+    """Whether the open file is the one at `path` without links, and that lies in a root: links may change meanwhile."""
+    real = Path(os.path.realpath(path))
+    return any(real.is_relative_to(root) for root in roots) and os.path.samestat(os.lstat(real), opened)
 
 
 def parse_json(data: bytes, what: str) -> Any:

@@ -7,6 +7,7 @@ decided from it. What needs the values (finite, not all zero) is checked in `ada
 import hashlib
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import BinaryIO
 
@@ -23,20 +24,23 @@ _TENSOR_NAME = re.compile(
 )
 
 
-def inspect_adapter(folder: Path, name: str, shape: BaseShape) -> AdapterManifest:
+def inspect_adapter(
+    folder: Path, name: str, shape: BaseShape, roots: Collection[Path] | None = None
+) -> AdapterManifest:
     """Check a PEFT adapter folder against a base of `shape` and describe it.
 
+    `roots`: resolved folders that its files must lie in, whatever links lead there; None follows links anywhere.
     Raises AdapterRefused (says which field or tensor, and what was expected), AdapterUnavailable on I/O errors.
     """
     try:
-        with open_regular(folder / WEIGHTS_FILE, MAX_WEIGHTS_BYTES) as file:
+        with open_regular(folder / WEIGHTS_FILE, MAX_WEIGHTS_BYTES, roots) as file:
             headers = read_headers(file, WEIGHTS_FILE)
-            spec = read_lora_spec(folder, shape)
+            spec = read_lora_spec(folder, shape, roots)
             modules = _match(headers, spec, shape)
             digest = _content_digest(file, headers, modules)
             stat = os.fstat(file.fileno())
     except FileNotFoundError:
-        other = sorted(p.name for p in folder.glob("*.bin")) if folder.is_dir() else []
+        other = sorted(ascii(p.name)[1:-1] for p in folder.glob("*.bin"))[:3] if folder.is_dir() else []
         hint = f" ({', '.join(other)} is a pickle: convert it to safetensors)" if other else ""
         raise AdapterRefused(f"no {WEIGHTS_FILE} in {folder.name}{hint}") from None
     ref = AdapterRef(digest, name, str(folder))

@@ -1,16 +1,19 @@
 """Reads an adapter's tensors into host memory, proves they have an effect, and readies them for computing."""
 
 import math
+import os
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
-from safetensors import SafetensorError
 
 from adapters.adapter import Adapter, AdapterRef, BaseShape, LoraPair
 from adapters.errors import AdapterRefused, AdapterUnavailable
 from adapters.golden import read_golden
-from adapters.tensorfile import open_tensors
-from adapters.validation import WEIGHTS_FILE, inspect_adapter
+from adapters.tensorfile import TensorHeader, chunks, open_regular, read_headers
+from adapters.validation import MAX_WEIGHTS_BYTES, WEIGHTS_FILE, inspect_adapter
+
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def load_adapter(ref: AdapterRef, shape: BaseShape, dtype: torch.dtype) -> Adapter:
@@ -26,18 +29,22 @@ def load_adapter(ref: AdapterRef, shape: BaseShape, dtype: torch.dtype) -> Adapt
         raise AdapterUnavailable(f"adapter {ref.name!r} can't be loaded any more: {error}") from error
     if manifest.ref.digest != ref.digest:
         raise AdapterUnavailable(
-            f"adapter {ref.name!r} changed on disk since it was registered "
-            f"(sha256 {ref.digest[:12]} then, {manifest.ref.digest[:12]} now): restart the server to serve the new one"
+            f"adapter {ref.name!r} changed on disk since it was published "
+            f"(sha256 {ref.digest[:12]} then, {manifest.ref.digest[:12]} now): publish it again"
         )
     adapter = Adapter(ref.digest, {}, read_golden(Path(ref.path)))
     changes = False
     try:
-        with open_tensors(Path(ref.path) / WEIGHTS_FILE, "pt") as file:
+        with open_regular(Path(ref.path) / WEIGHTS_FILE, MAX_WEIGHTS_BYTES) as file:
+            status = os.fstat(file.fileno())
+            if (status.st_size, status.st_mtime) != (manifest.nbytes, manifest.created):
+                raise AdapterUnavailable(f"{WEIGHTS_FILE} of {ref.name!r} changed while it was read")
+            headers = read_headers(file, WEIGHTS_FILE)
             for module in manifest.modules:
-                a: torch.Tensor = file.get_tensor(module.a_name).float()
-                b: torch.Tensor = file.get_tensor(module.b_name).float()
+                a = _tensor(file, headers[module.a_name]).float()
+                b = _tensor(file, headers[module.b_name]).float()
                 b = (b * module.scaling).T.contiguous()  # [rank, out]
-                cast = {module.a_name: a.to(dtype, copy=True), module.b_name: b.to(dtype)}
+                cast = {module.a_name: a.to(dtype), module.b_name: b.to(dtype)}
                 for name, tensor in cast.items():
                     if not all(map(math.isfinite, (float(bound) for bound in tensor.aminmax()))):
                         raise AdapterRefused(
@@ -46,11 +53,17 @@ def load_adapter(ref: AdapterRef, shape: BaseShape, dtype: torch.dtype) -> Adapt
                         )
                 changes = changes or _has_effect(a, b)
                 adapter.pairs[module.key] = LoraPair(*cast.values())
-    except (SafetensorError, OSError) as error:
-        raise AdapterUnavailable(f"{WEIGHTS_FILE} of {ref.name!r} can't be read: {error}") from error
+    except FileNotFoundError as error:
+        raise AdapterUnavailable(f"{WEIGHTS_FILE} of {ref.name!r} is gone") from error
     if not changes:
         raise AdapterRefused(f"adapter {ref.name!r} has no effect: B A is zero in every module (was it trained?)")
     return adapter
+
+
+def _tensor(file: BinaryIO, header: TensorHeader) -> torch.Tensor:
+    """Read into memory of its own: a file that is mapped and then cut kills the process that touches it."""
+    raw = bytearray(b"".join(chunks(file, header, WEIGHTS_FILE)))
+    return torch.frombuffer(raw, dtype=_DTYPES[header.dtype]).view(header.shape)
 
 
 def _has_effect(a: torch.Tensor, b: torch.Tensor) -> bool:
