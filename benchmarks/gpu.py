@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from adapters.adapter import AdapterRef
+from adapters.adapter import AdapterRef, alone
 from benchmarks.common import MEDIUM, advance, hardware, parser, require_positions
 from benchmarks.gpu_checks import CUDA, Row, check_engine, check_tests, new_engine, random_model
 from benchmarks.gpu_steps import PROMPT, device_seconds, positions, step_rows
