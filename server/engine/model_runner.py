@@ -78,7 +78,10 @@ def forward_batch(batch: Batch, device: torch.device) -> ForwardBatch:
             raise ValueError(f"{sequence.request_id} is scheduled without a row")
         first = sequence.num_computed
         if sequence.prefilling:
-            chunks.append(PromptChunk(len(token_ids), count, sequence.row, first))
+            # Block by block: sums are the same however the prompt was cut.
+            for done in range(0, count, block := batch.prompt_block):
+                size = min(block, count - done)
+                chunks.append(PromptChunk(len(token_ids) + done, size, sequence.row, first + done))
         else:
             decode_rows.append(sequence.row)
             longest = max(longest, first + 1)

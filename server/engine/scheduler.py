@@ -50,15 +50,17 @@ class Scheduler:
         budget = self._config.max_batch_tokens
         decoding = [s for s in self.running.values() if not s.prefilling]
         items = [ScheduledSequence(s, 1, prefill=False, samples=True) for s in sorted(decoding, key=_row)]
-        budget -= len(items)
+        budget, block = budget - len(items), self._config.prompt_block
         prefilling = [s for s in self.running.values() if s.prefilling]
         for sequence in sorted(prefilling, key=lambda s: s.turn):  # equals in order of admission
             chunk = min(sequence.num_prompt_left, budget)
+            if chunk < sequence.num_prompt_left:
+                chunk -= chunk % block  # where it is cut must not depend on who else runs
             if chunk:
                 samples = chunk == sequence.num_prompt_left
                 items.append(ScheduledSequence(sequence, chunk, prefill=True, samples=samples))
                 budget -= chunk
-        return Batch(tuple(items)), failed
+        return Batch(tuple(items), block), failed
 
     def update(self, batch: Batch, token_ids: Seq[int], logprobs: Seq[float], now: float) -> None:
         """Take a step's result: token_ids and logprobs of `batch.sampled`, in order. Ends what is complete."""

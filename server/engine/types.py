@@ -192,6 +192,7 @@ class Batch:
     """One step's work, set by the scheduler: decoding sequences, by ascending row; then prompt chunks, by turn."""
 
     items: tuple[ScheduledSequence, ...]
+    prompt_block: int = 32  # chunks begin at multiples of it, and attention is computed block by block
 
     @property
     def sequences(self) -> list[Sequence]:

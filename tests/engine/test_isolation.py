@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from adapters.adapter import alone
 from adapters.validation import WEIGHTS_FILE
+from kernels.build import library
 from server.engine.types import ErrorKind, FinishReason
 from tests.oracle import adapter_ref, make_adapter, make_checkpoint, make_engine, make_prompts, request, run
 
@@ -39,6 +40,29 @@ def test_neighbours_in_the_batch_are_not_harmed(folders: dict[str, Path]) -> Non
         assert mixed[key].finish_reason is FinishReason.ERROR
         assert mixed[key].error_kind is ErrorKind.GENERATION
         assert "adapter 'wild' gave logits that are not finite" in (mixed[key].error or "")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logprobs_and_draws_are_bit_for_bit_those_of_the_request_alone(
+    folders: dict[str, Path], dtype: torch.dtype
+) -> None:
+    """However the others make the scheduler cut its prompt: what our kernels promise, not up to ties."""
+    if library() is None:
+        pytest.skip("the kernels are not built")
+    good = adapter_ref(folders["base"], folders["good"])
+    prompts = make_prompts(40, seed=5, longest=50)
+    ways = [{}, {"temperature": 1.0, "top_p": 0.95}, {"temperature": 0.8, "top_k": 20, "repetition_penalty": 1.2}]
+    requests = [
+        request(i, prompt, good if i % 2 else None, max_tokens=10, logprobs=True, seed=i, **ways[i % 3])
+        for i, prompt in enumerate(prompts)
+    ]
+    limits = {"max_batch_size": 6, "max_batch_tokens": 24, "max_model_len": 64}
+    engine = make_engine(folders["base"], dtype=dtype, **limits)
+    mixed = run(engine, requests, per_step=2)
+    for item in requests:
+        alone_ = run(engine, [item])[item.request_id]
+        together = mixed[item.request_id]
+        assert (together.token_ids, together.logprobs) == (alone_.token_ids, alone_.logprobs)
 
 
 def test_the_next_request_in_the_same_row_is_not_harmed(folders: dict[str, Path]) -> None:
