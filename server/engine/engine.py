@@ -45,14 +45,20 @@ class Engine:
         vocab: Seq[bytes],
         weight_bytes: int = 0,
         backend: str = "",
+        *,
+        rounded_logits: bool = False,
     ) -> None:
-        """`vocab` [V]: each token's bytes, for stop strings; `weight_bytes` and `backend` tell of the base."""
+        """`vocab` [V]: each token's bytes, for stop strings; `weight_bytes` and `backend` tell of the base.
+
+        `rounded_logits`: they are computed in the model's type, not in fp32.
+        """
         self.config, self.weight_bytes, self.backend = config, weight_bytes, backend
         self._runner, self._residency = runner, residency
         self._scheduler = Scheduler(config, residency, eos_token_id, vocab)
         self._golden = GoldenReplay(
-            self._scheduler, residency, config.max_model_len, len(vocab), residency.arena.memory.dtype
-        )
+            self._scheduler, residency, config.max_model_len, len(vocab), residency.arena.memory.dtype,
+            rounded_logits=rounded_logits,
+        )  # fmt: skip
 
     @property
     def has_work(self) -> bool:
@@ -177,7 +183,10 @@ def build_engine(
     torch.get_num_threads()  # settled for this thread, before the loading ones take a single one each
     residency = Residency(lambda ref: load_adapter(ref, shape, dtype), arena, host_cache=config.host_cache)
     runner = make_runner(model, config, residency)
-    return Engine(config, runner, residency, model.config.eos_token_id, vocab, model.nbytes, model.backend.name)
+    return Engine(
+        config, runner, residency, model.config.eos_token_id, vocab, model.nbytes, model.backend.name,
+        rounded_logits=model.backend.native is None,
+    )  # fmt: skip
 
 
 def make_runner(model: GPT2, config: EngineConfig, residency: Residency) -> Runner:
