@@ -67,7 +67,7 @@ def test_it_runs_as_a_user_and_signals_reach_the_server() -> None:
     assert json.loads(values("ENTRYPOINT")[0]) == ["tini", "--"]  # the exec form: no shell swallows SIGTERM
     assert json.loads(values("CMD")[0]) == ["python", "-m", "server"]
     assert values("STOPSIGNAL") == ["SIGTERM"]
-    assert json.loads(values("VOLUME")[0]) == ["/adapters", "/cache"]
+    assert json.loads(values("VOLUME")[0]) == ["/adapters", "/cache", "/store"]
 
 
 def test_every_copied_path_exists_and_is_in_the_build_context() -> None:
@@ -105,7 +105,7 @@ def test_compose_confines_the_server_and_lets_it_write_where_it_must() -> None:
     assert server["security_opt"] == ["no-new-privileges:true"]
     assert [mount.split(":")[0] for mount in server["tmpfs"]] == ["/tmp"]
     mounts = [re.sub(r"\$\{\w+:-(\w+)\}", r"\1", volume) for volume in server["volumes"]]
-    assert mounts == ["adapters:/adapters", "cache:/cache"]  # not :ro, training writes adapters
+    assert mounts == ["adapters:/adapters", "store:/store", "cache:/cache"]  # not :ro, training writes adapters
     assert {"adapters", "cache"} <= set(compose()["volumes"])
     (device,) = server["deploy"]["resources"]["reservations"]["devices"]
     assert device["capabilities"] == ["gpu"]
