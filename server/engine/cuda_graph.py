@@ -1,10 +1,13 @@
 """Work on fixed buffers, captured once for each of its shapes and replayed: a launch for the whole step."""
 
+import logging
+import time
 from collections.abc import Callable, Hashable
 from typing import Protocol
 
 import torch
 
+logger = logging.getLogger(__name__)
 Work = Callable[[], None]
 
 
@@ -50,7 +53,10 @@ class Graphs:
     def run(self, key: Hashable, work: Work) -> None:
         """Replay what was captured under `key`, capturing `work` first if nothing was."""
         if key not in self._replays:
+            start = time.perf_counter()
             self._replays[key] = self._capture(work)
+            seconds = time.perf_counter() - start
+            logger.info("captured graph %d, %s, in %.2f s", len(self._replays), key, seconds)
         self._replays[key]()
 
 

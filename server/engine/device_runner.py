@@ -42,6 +42,7 @@ class DeviceRunner:
         self._one = torch.ones((), dtype=torch.uint8, device=device)
         self._lora = SlotLora(residency.arena, model.config.adapter_shape, residency.slots)
         self._graphs = Graphs(capture)
+        self._targets = frozenset[str]()  # projections that any adapter so far has changed: few sets, so few graphs
 
     @torch.inference_mode()
     def warm_up(self) -> None:
@@ -68,8 +69,9 @@ class DeviceRunner:
         if decoding:
             size = next(size for size in self._buckets if size >= len(decoding))
             targets, max_rank, rounds = _shape(self._write(decoding, self._decode, size))
+            self._targets |= targets
             self._decode.upload(rounds)
-            self._run_decode(size, targets, max_rank, rounds)
+            self._run_decode(size, self._targets if rounds else targets, max_rank, rounds)
         if prompts:
             self._run_prompts(prompts)
         count = sum(item.samples for item in prompts)
