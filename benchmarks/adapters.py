@@ -64,9 +64,11 @@ STREAM = PROMPT + PERIOD * (PERIODS + 1)  # tokens of a stream of the latency pa
 PARTS = ("registered", "working_set", "ranks", "latency")
 
 
-def beside_loads(engine: Engine, streams: Sequence[AdapterRef], cold: Iterator[AdapterRef]) -> tuple[Figures, Figures]:
+def beside_loads(
+    engine: Engine, vocab_size: int, streams: Sequence[AdapterRef], cold: Iterator[AdapterRef]
+) -> tuple[Figures, Figures]:
     """The streams' figures after requests for resident adapters, and after ones for adapters from `cold`."""
-    clients, beside = Clients(engine, seed=0), (Figures(), Figures())
+    clients, beside = Clients(engine, vocab_size, seed=0), (Figures(), Figures())
     for ref in streams:
         clients.send(ref, STREAM - PROMPT)
     for _ in range(2):
@@ -153,7 +155,8 @@ def registered(model: GPT2, args: argparse.Namespace) -> None:
     refs = [AdapterRef(f"d{i}", f"a{i}", "") for i in range(most)]
     orders = {str(n): power_law(refs[:n], args.requests) for n in args.registered}
     warm(engine, {ref for order in orders.values() for ref in order})
-    runs = alternate({name: partial(closed_loop, engine, order) for name, order in orders.items()}, args.repeats)
+    run = partial(closed_loop, engine, model.config.vocab_size)
+    runs = alternate({name: partial(run, order) for name, order in orders.items()}, args.repeats)
     engine.close()
     report(args, "registered", "registered", runs, arena_MB=memory // 10**6)
 
@@ -171,7 +174,8 @@ def ranks(model: GPT2, args: argparse.Namespace) -> None:
         orders[f"{name}, sum {sum(each)}"] = uniform(refs, args.requests)
     engine = make_engine(model, BATCH, PROMPT + TOKENS, sum(map(sum, kinds.values())) * adapter_bytes(model, 1))
     warm(engine, {ref for order in orders.values() for ref in order})
-    runs = alternate({name: partial(closed_loop, engine, order) for name, order in orders.items()}, args.repeats)
+    run = partial(closed_loop, engine, model.config.vocab_size)
+    runs = alternate({name: partial(run, order) for name, order in orders.items()}, args.repeats)
     engine.close()
     report(args, "ranks", "ranks", runs, adapters=RANKED)
 
@@ -182,7 +186,7 @@ def working_set(model: GPT2, args: argparse.Namespace, refs: Sequence[AdapterRef
 
     def run(number: int) -> Figures:
         warm(engine, refs[:RESIDENT])
-        return closed_loop(engine, uniform(refs[:number], args.requests))
+        return closed_loop(engine, model.config.vocab_size, uniform(refs[:number], args.requests))
 
     runs = alternate({str(n * RESIDENT): partial(run, n * RESIDENT) for n in (1, 2, 4)}, args.repeats)
     engine.close()
@@ -195,7 +199,8 @@ def latency(model: GPT2, args: argparse.Namespace, refs: Sequence[AdapterRef]) -
     runs: dict[str, list[Figures]] = {"resident": [], "cold": []}
     for _ in range(args.repeats):
         warm(engine, refs[:RESIDENT])
-        for figures, each in zip(runs.values(), beside_loads(engine, streams, cold), strict=True):
+        both = beside_loads(engine, model.config.vocab_size, streams, cold)
+        for figures, each in zip(runs.values(), both, strict=True):
             figures.append(each)
     engine.close()
     for name, figures in runs.items():

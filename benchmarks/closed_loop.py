@@ -45,16 +45,16 @@ class Figures:
 
 
 class Clients:
-    """Sends requests of random prompts and drops what is still under way at the end."""
+    """Sends requests of random prompts, of tokens below `vocab_size`, and drops what is under way at the end."""
 
-    def __init__(self, engine: Engine, seed: int) -> None:
-        self._engine, self._rng, self._sent = engine, random.Random(seed), 0
+    def __init__(self, engine: Engine, vocab_size: int, seed: int) -> None:
+        self._engine, self._vocab_size, self._rng, self._sent = engine, vocab_size, random.Random(seed), 0
         self._in_flight: set[str] = set()
 
     def send(self, ref: AdapterRef | None, tokens: int, prompt: int = PROMPT) -> None:
         """Queue one request."""
         name = str(self._sent)
-        ids = tuple(self._rng.randrange(50257) for _ in range(prompt))
+        ids = tuple(self._rng.randrange(self._vocab_size) for _ in range(prompt))
         self._engine.add_request(Request(name, ids, SamplingParams(max_tokens=tokens), alone(ref)))
         self._sent += 1
         self._in_flight.add(name)
@@ -72,9 +72,9 @@ class Clients:
         self._engine.check_integrity()
 
 
-def closed_loop(engine: Engine, order: Sequence[AdapterRef]) -> Figures:
+def closed_loop(engine: Engine, vocab_size: int, order: Sequence[AdapterRef]) -> Figures:
     """The figures of the requests of `order` (all but the first 2.25 B) in the steady state."""
-    clients, figures = Clients(engine, seed=0), Figures()
+    clients, figures = Clients(engine, vocab_size, seed=0), Figures()
     for i, ref in enumerate(order[: 2 * BATCH]):
         clients.send(ref, i % TOKENS + 1 if i < BATCH else TOKENS)
     rest, ended, before = iter(order[2 * BATCH :]), 0, StepStats()

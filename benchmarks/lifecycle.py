@@ -10,14 +10,11 @@ import argparse
 import gc
 import json
 import os
-import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from adapters.lora_config import CONFIG_FILE
 from adapters.store import AdapterStore
 from adapters.validation import WEIGHTS_FILE
 from benchmarks.common import count, emit, parser
+from benchmarks.serving import answers, serving
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine, build_engine
 from server.engine.types import Request, SamplingParams
@@ -98,23 +96,14 @@ def registered(root: Path, names: int, repeats: int) -> dict[str, Any]:
 
 def serve(root: Path) -> tuple[float, float]:
     """Seconds until a server over the store is ready, and of a page of its listing."""
-    (root / "empty").mkdir(exist_ok=True)
-    port = random.randint(20000, 30000)
-    flags = ["--store-dir", str(root / "store"), "--adapters-dir", str(root / "empty"), "--port", str(port)]
+    flags = ["--model", str(DEMO_MODEL), "--store-dir", str(root / "store")]
     start = time.perf_counter()
-    with subprocess.Popen([sys.executable, "-m", "server", *flags], stdout=subprocess.DEVNULL) as process:
-        try:
-            while not _answers(f"http://127.0.0.1:{port}/ready"):
-                if process.poll() is not None or time.perf_counter() - start > 120:
-                    raise RuntimeError("the server did not start")
-                time.sleep(0.02)
-            ready, pages = time.perf_counter() - start, list[float]()
-            for _ in range(5):
-                begun = time.perf_counter()
-                assert _answers(f"http://127.0.0.1:{port}/v1/adapters?limit=100")
-                pages.append(time.perf_counter() - begun)
-        finally:
-            process.terminate()
+    with serving([*flags, "--device", "cpu", "--dtype", "float32", "--kernels", "auto"]) as url:
+        ready, pages = time.perf_counter() - start, list[float]()
+        for _ in range(5):
+            begun = time.perf_counter()
+            assert answers(f"{url}/v1/adapters?limit=100")
+            pages.append(time.perf_counter() - begun)
     return ready, statistics.median(pages)
 
 
@@ -154,14 +143,6 @@ def use(engine: Engine, ref: AdapterRef) -> None:
         for output in engine.step().outputs:
             if output.error:
                 raise RuntimeError(output.error)
-
-
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=10) as answer:
-            return answer.status == 200
-    except (urllib.error.URLError, ConnectionError):
-        return False
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Time to take in a prompt, alone and beside running streams: `python -m benchmarks.prefill [--json]`.
 
-Prompts of 128 and 896 tokens (or --prompt) in steps of at most 128 (the server's on a CPU) and 512 tokens; `stall` is
-the longest step of 8 running streams meanwhile.
+Prompts of 128 and 896 tokens (or --prompt), each on a new engine that has answered a short one, in steps of at most
+128 (the server's on a CPU) and 512 tokens; `stall` is the longest step of 8 running streams meanwhile.
 """
 
 import time
@@ -32,6 +32,9 @@ def first_token(model: GPT2, length: int, streams: int, step_tokens: int) -> tup
     Raises RuntimeError for a failed request, ValueError for more positions than the model has.
     """
     engine = make_engine(model, streams + 1, max(length + 1, STREAM), max_batch_tokens=step_tokens)
+    engine.add_request(Request("warm", (1,) * BEGUN, SamplingParams(max_tokens=2)))
+    while engine.has_work:
+        advance(engine)
     for i in range(streams):
         engine.add_request(Request(f"s{i}", (i + 1,) * BEGUN, SamplingParams(max_tokens=STREAM - BEGUN), stream=True))
     for _ in range(4 if streams else 0):

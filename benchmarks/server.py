@@ -6,17 +6,10 @@ time from the first request to the last answer, prompts included on both sides.
 """
 
 import asyncio
-import contextlib
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.common import (
     MEDIUM,
+    STEP_TOKENS,
     advance,
     alternate,
     emit,
@@ -35,6 +29,7 @@ from benchmarks.common import (
     parser,
     require_positions,
 )
+from benchmarks.serving import serving
 from server.engine.engine import Engine
 from server.engine.types import Request, SamplingParams
 from server.model.source import DEMO_MODEL
@@ -43,7 +38,7 @@ STREAMS, TOKENS = 32, 48
 PROMPT = "Quote by Oscar Wilde:"
 PROMPT_IDS = (25178, 416, 15694, 46754, 25)
 LENGTH = len(PROMPT_IDS) + TOKENS
-START_SECONDS = 120
+DTYPE, KERNELS = "float32", "auto"
 
 
 def checkpoint(folder: Path) -> Path:
@@ -55,32 +50,10 @@ def checkpoint(folder: Path) -> Path:
     return folder
 
 
-@contextlib.contextmanager
-def serving(model: Path) -> Iterator[str]:
-    """A server on a free port of loopback, ended by its pid; its address."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    empty = tempfile.mkdtemp()
-    process = subprocess.Popen(
-        [sys.executable, "-m", "server", "--model", str(model), "--port", str(port), "--adapters-dir", empty],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ,
-    )  # fmt: skip
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + START_SECONDS
-        while time.monotonic() < deadline:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/ready").status_code == 200:
-                    break
-            if process.poll() is not None:
-                raise RuntimeError(f"the server ended with {process.returncode}")
-            time.sleep(0.2)
-        yield url
-    finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(60)
-        shutil.rmtree(empty)
+def server_flags(model: Path) -> list[str]:
+    """Of a server that computes as the engine beside it does, whatever its defaults."""
+    sizes = ["--max-batch-size", str(STREAMS), "--max-batch-tokens", str(STEP_TOKENS)]
+    return ["--model", str(model.resolve()), "--device", "cpu", "--dtype", DTYPE, "--kernels", KERNELS, *sizes]
 
 
 def over_http(url: str) -> float:
@@ -123,12 +96,12 @@ def main() -> None:
     require_positions(p, args.model, LENGTH, "--model")
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.model or checkpoint(Path(scratch))
-        engine = make_engine(make_model(folder, torch.float32), STREAMS, LENGTH)
-        with serving(folder) as url:
+        engine = make_engine(make_model(folder, getattr(torch, DTYPE), KERNELS), STREAMS, LENGTH)
+        with serving(server_flags(folder)) as url:
             rates = alternate({"server": partial(over_http, url), "engine": partial(alone, engine)}, args.repeats)
         engine.close()
     for name, values in rates.items():
-        row = {"benchmark": "server", "streams": STREAMS, "dtype": "float32", "system": name}
+        row = {"benchmark": "server", "streams": STREAMS, "dtype": DTYPE, "system": name}
         row |= {"tokens_per_second": median(values), "to_engine": round(median(values) / median(rates["engine"]), 3)}
         emit(row, args.json)
 

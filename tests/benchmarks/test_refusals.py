@@ -42,7 +42,7 @@ def engine(model: GPT2) -> Iterator[Engine]:
     [
         lambda engine: warm(engine, [REF]),
         lambda engine: peft.ours(engine, torch.ones(1, 8, dtype=torch.int64), ["a0"], 2),
-        lambda engine: closed_loop(engine, [REF] * 80),
+        lambda engine: closed_loop(engine, 50257, [REF] * 80),
     ],
     ids=["warm", "peft", "closed loop"],
 )
@@ -51,8 +51,15 @@ def test_an_adapter_that_fails_ends_the_run_with_its_error(engine: Engine, run: 
         run(engine)
 
 
+def test_clients_send_tokens_that_the_model_has(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[Request] = []
+    monkeypatch.setattr(engine, "add_request", sent.append)
+    Clients(engine, 7, seed=0).send(None, 1, prompt=200)
+    assert set(sent[0].prompt_token_ids) == set(range(7))
+
+
 def test_a_client_whose_request_failed_is_not_one_that_ended(engine: Engine) -> None:
-    clients = Clients(engine, seed=0)
+    clients = Clients(engine, 50257, seed=0)
     good = SequenceOutput("0", (1,), (), FinishReason.LENGTH)
     assert clients.ended([good, replace(good, request_id="1", finish_reason=None)]) == 1
     with pytest.raises(RuntimeError, match="request '0': out of luck"):
@@ -77,6 +84,18 @@ def test_a_first_token_that_is_an_error_has_no_time(model: GPT2, monkeypatch: py
     with pytest.raises(RuntimeError, match="it broke"):
         advance(engine)
     engine.close()
+
+
+def test_a_prompt_is_timed_on_an_engine_that_has_answered(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, idle = Engine.add_request, list[tuple[str, bool]]()
+
+    def add(engine: Engine, request: Request) -> None:
+        idle.append((request.request_id, not engine.has_work))
+        real(engine, request)
+
+    monkeypatch.setattr(Engine, "add_request", add)
+    prefill.first_token(model, 16, 0, 128)
+    assert idle == [("warm", True), ("prompt", True)]
 
 
 def test_an_engine_longer_than_its_model_is_refused(model: GPT2) -> None:
