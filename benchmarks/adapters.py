@@ -12,8 +12,8 @@ Timed once 8 have ended, for `--requests` more. `distinct` is how many adapters 
 - ranks: uniform over 32 adapters. Ranks 8 to 64 do the work of rank 30, so both all 8 and all 30 stand beside them.
 - working set: uniform over 64, 128 and 256 adapters of rank 8 with an arena of 64, full when the clock starts. Loads
   are the server's: PEFT folders (fp32 safetensors) inspected, hashed and read from the page cache on a loading thread.
-- latency: 31 streams on resident adapters; every 8 steps one more request, of one token, in turn for an adapter that
-  is resident and for one that has to be loaded. The figures are of the steps after either.
+- latency: 31 streams on resident adapters; every 4 steps one more request, of one token, in turn for an adapter that
+  is resident and for one that has to be loaded, 100 of each. The figures are of the steps after either.
 
 Writes 256 adapters (1.2 GB at gpt2-medium's sizes) into a temporary folder. SCHED_FIFO spoils the last two: the step's
 threads wait spinning, and the loading thread, no longer their equal, finds no core.
@@ -59,7 +59,7 @@ from server.model.gpt2 import GPT2
 
 RESIDENT = 64
 MIXED_RANKS, RANKED = (8, 16, 32, 64), 32
-PERIOD, PERIODS = 8, 16  # steps between the latency part's requests; how many in a run
+PERIOD, PERIODS = 4, 200  # steps between the latency part's requests; how many in a run
 STREAM = PROMPT + PERIOD * (PERIODS + 1)  # tokens of a stream of the latency part, its prompt included
 PARTS = ("registered", "working_set", "ranks", "latency")
 

@@ -140,9 +140,12 @@ def use(engine: Engine, ref: AdapterRef) -> None:
     """One token with an adapter, which loads it. Raises RuntimeError when that fails."""
     engine.add_request(Request("r", (1, 2, 3), SamplingParams(max_tokens=1), alone(ref)))
     while engine.has_work:
-        for output in engine.step().outputs:
+        step = engine.step()
+        for output in step.outputs:
             if output.error:
                 raise RuntimeError(output.error)
+        if not step.stats.batch_size:
+            time.sleep(0.0005)  # nothing but loads is under way
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ class LifecycleRoutes:
     def __init__(self, spec: ChorusSpec) -> None:
         self._spec = spec
         self._records = RecordWriter(spec)
+        self._fetching = asyncio.Lock()  # one at a time: two of one source would write the same files
         self._publishing = asyncio.Lock()  # one at a time: each takes disk, hashing and a place on the device
 
     def register(self) -> None:
@@ -146,8 +147,9 @@ class LifecycleRoutes:
     async def _fetched(self, source: str, field: str) -> AsyncGenerator[tuple[Path, str]]:
         """The adapter folder that a path or address names, and where it came from."""
         downloads = self._store.objects.downloads(source)
-        fetched = await _call(field, self._spec.state.sources.fetch, source, downloads)
-        yield fetched.folder, fetched.origin
+        async with self._fetching:
+            fetched = await _call(field, self._spec.state.sources.fetch, source, downloads)
+            yield fetched.folder, fetched.origin
 
     async def _publish(self, name: str, folder: Path, origin: str) -> dict[str, Any]:
         async with self._publishing:
