@@ -6,7 +6,8 @@ adapter may lie in several pieces, but never a matrix: what others leave free is
 
 import mmap
 from bisect import bisect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,8 @@ class Extents:
         """
         rounded = [_rounded(size) for size in sizes]
         total = sum(rounded)
+        if self.used + total > self.capacity:
+            return None
         free = [list(extent) for extent in self._free]
         whole = next((extent for extent in free if extent[1] >= total), None)
         starts = list[int]()
@@ -63,6 +66,11 @@ class Extents:
             self._free.insert(i, (start, size))
         self.used -= sum(map(_rounded, sizes))
 
+    def __copy__(self) -> "Extents":
+        copied = Extents(self.capacity)
+        copied._free, copied.used = self._free.copy(), self.used
+        return copied
+
     def check_integrity(self) -> None:
         """Raises AssertionError when free parts overlap, touch, or don't add up with what is used."""
         ends = [start + size for start, size in self._free]
@@ -77,6 +85,7 @@ class Place:
     keys: tuple[ModuleKey, ...]
     starts: tuple[int, ...]
     sizes: tuple[int, ...]
+    nbytes: int  # of the arena
 
 
 class Arena:
@@ -108,24 +117,37 @@ class Arena:
 
     def nbytes_for(self, adapter: Adapter) -> int:
         """What `adapter` would take of it."""
-        return self._nbytes(_sizes(adapter))
-
-    def nbytes_of(self, place: Place) -> int:
-        """What a place takes of it."""
-        return self._nbytes(place.sizes)
+        return sum(map(_rounded, _sizes(adapter))) * self.memory.itemsize
 
     def reserve(self, adapter: Adapter) -> Place | None:
         """Room for `adapter`; None while others take it. Raises AdapterRefused if it is larger than the whole arena."""
-        sizes = _sizes(adapter)
+        sizes, needed = _sizes(adapter), self.nbytes_for(adapter)
         starts = self._extents.take(sizes)
         if starts is not None:
-            return Place(tuple(adapter.pairs), tuple(starts), sizes)
-        needed = self.nbytes_for(adapter)
+            return Place(tuple(adapter.pairs), tuple(starts), sizes, needed)
         if needed > self.nbytes:
             raise AdapterRefused(
                 f"the adapter takes {needed:,} bytes on the device, the arena holds {self.nbytes:,}: "
                 "raise --adapter-memory"
             )
+        return None
+
+    def evictions_for(self, adapter: Adapter, places: Iterable[Place]) -> int | None:
+        """How many of `places`, one at least, are to be freed in their order until `adapter` has room; None if there is
+        none even then. Frees nothing."""
+        extents, sizes, lacking = copy(self._extents), _sizes(adapter), self.nbytes_for(adapter)
+        lacking -= self.nbytes - self.used_bytes
+        freed: list[Place] = []
+        for count, place in enumerate(places, 1):
+            freed.append(place)
+            lacking -= place.nbytes
+            if lacking > 0:  # no need to look where they lie
+                continue
+            for each in freed:
+                extents.give_back(each.starts, each.sizes)
+            freed.clear()
+            if extents.take(sizes) is not None:
+                return count
         return None
 
     def fill(self, adapter: Adapter, place: Place) -> Adapter:
@@ -147,9 +169,6 @@ class Arena:
     def check_integrity(self) -> None:
         """Raises AssertionError when places were lost or given back twice."""
         self._extents.check_integrity()
-
-    def _nbytes(self, sizes: Sequence[int]) -> int:
-        return sum(map(_rounded, sizes)) * self.memory.itemsize
 
     def _copy(self, adapter: Adapter, place: Place) -> Adapter:
         starts, pairs = iter(place.starts), dict[ModuleKey, LoraPair]()

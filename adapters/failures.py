@@ -43,24 +43,25 @@ class Failures:
         failure = self._failures.get(digest)
         return None if failure is None or failure.retried else failure.error
 
-    def add(self, ref: AdapterRef, error: BaseException) -> None:
-        """Remember a failure; whatever is no AdapterError is one that may pass."""
+    def add(self, ref: AdapterRef, error: BaseException) -> list[str]:
+        """Remember a failure; whatever is no AdapterError is one that may pass. Says whose are forgotten for it."""
         if not isinstance(error, AdapterError):
             error = AdapterUnavailable(f"loading failed: {type(error).__name__}: {error}")
         before = self._failures.pop(ref.digest, None)
         times = 1 + (before.times if before is not None else 0)
         self._failures[ref.digest] = _Failure(error, ref.path, time.monotonic(), times)
-        while len(self._failures) > REMEMBERED:
-            self._failures.popitem(last=False)
+        return [self._failures.popitem(last=False)[0] for _ in range(len(self._failures) - REMEMBERED)]
 
-    def retry(self, ref: AdapterRef) -> None:
-        """Let `ref` be tried again if it failed long enough ago, or elsewhere: another folder of the same content."""
+    def retry(self, ref: AdapterRef) -> bool:
+        """Let `ref` be tried again if it failed long enough ago, or elsewhere: another folder of the same content.
+        Whether it is one that from now on may be."""
         failure = self._failures.get(ref.digest)
-        if failure is None:
-            return
+        if failure is None or failure.retried:
+            return False
         due = time.monotonic() - failure.when >= failure.wait
         if not isinstance(failure.error, AdapterRefused) and (due or failure.path != ref.path):
             failure.retried = True
+        return failure.retried
 
     def forget(self, digest: str) -> None:
         """It was loaded, or is to be judged afresh."""

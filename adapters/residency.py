@@ -80,6 +80,11 @@ class Residency:
         return bool(self._reader or self._staged or self._residents.loading)
 
     @property
+    def changed(self) -> bool:
+        """Whether `changes` has something to tell."""
+        return bool(self._changed)
+
+    @property
     def resident(self) -> int:
         """How many adapters are READY."""
         return self._residents.num_ready
@@ -93,7 +98,8 @@ class Residency:
         group = frozenset(ref.digest for ref in refs)
         self._wanted[group] = None
         for ref in refs:
-            self._failures.retry(ref)
+            if self._failures.retry(ref):
+                self._changed[ref.digest] = None
             self._residents.touch(ref.digest)
         if not any(digest in self._failures for digest in group):
             for ref in refs:
@@ -275,27 +281,19 @@ class Residency:
         return next((digest for digest in self._staged if complete or digest in self._claim), None)
 
     def _make_room(self, adapter: Adapter, keep: frozenset[str]) -> Place | None:
-        """A place for `adapter`, evicting others; None, and nobody evicted, while what may go would not suffice.
+        """A place for `adapter`, evicting others but those in `keep`; None, and nobody evicted, if it gets none so.
 
-        Pinned ones, those being copied and those in `keep` stay; but where only its own group is left, and lies so that
-        there is no room in one piece, all of it goes and comes again, side by side.
+        Where only its own claimed group is in the way, all of it goes and comes again, side by side.
         """
         place = self._residents.reserve(adapter)
         if place is not None:
             return place
-        keep |= self._residents.copying
-        idle = sum(map(self._residents.nbytes, self._residents.idle(keep)))
-        if self.arena.nbytes - self.arena.used_bytes + idle < self.arena.nbytes_for(adapter):
+        victims = self._residents.victims(adapter, keep, anew=adapter.digest in self._claim)
+        if victims is None:
             return None
-        while place is None and (victim := next(self._residents.idle(keep), None)):
+        for victim in victims:
             self._evict(victim)
-            place = self._residents.reserve(adapter)
-        rest = list(self._residents.idle(self._residents.copying))
-        if place is None and adapter.digest in self._claim and len(rest) == len(self._residents):
-            for victim in rest:
-                self._evict(victim)
-            place = self._residents.reserve(adapter)
-        return place
+        return self._residents.reserve(adapter)
 
     def _misfit(self, digests: Collection[str]) -> AdapterRefused | None:
         """Why adapters can't be on the device together; None if they can, or if one of them has not been read."""
@@ -328,7 +326,6 @@ class Residency:
 
     def _fail(self, ref: AdapterRef, error: BaseException) -> None:
         self.stats.failures += 1
-        self._changed[ref.digest] = None
-        self._failures.add(ref, error)
+        self._changed |= dict.fromkeys((ref.digest, *self._failures.add(ref, error)))
         if isinstance(error, AdapterRefused):
             self.cache.remove(ref.digest)

@@ -1,8 +1,9 @@
 """The adapters that have a slot and a place on the device: their copies, their pins, their leaving."""
 
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Set
 from concurrent.futures import Future
 from dataclasses import dataclass
+from itertools import islice
 
 from adapters.adapter import Adapter, AdapterRef
 from adapters.arena import Arena, Place
@@ -28,6 +29,21 @@ class Resident:
         return self.adapter is not None and not self.proving and not self.leaving
 
 
+@dataclass(frozen=True)
+class _NoRoom:
+    """A search for room that found none: the same one finds none until something is freed, or fewer have to stay."""
+
+    digest: str
+    anew: bool
+    freed: int
+    keep: frozenset[str]
+
+    def holds(self, now: "_NoRoom") -> bool:
+        """Whether `now` would find none, either."""
+        same = (self.digest, self.anew, self.freed) == (now.digest, now.anew, now.freed)
+        return same and self.keep <= now.keep
+
+
 class Residents:
     """By digest, from the beginning of their copy on. Every method is called from the engine's thread."""
 
@@ -38,6 +54,8 @@ class Residents:
         self._copying: dict[str, Future[tuple[Adapter, float]]] = {}
         self._residents: dict[str, Resident] = {}
         self._unready: set[str] = set()  # those that aren't ready: few, so that nobody has to count the others
+        self._freed = 0  # counts what may make room: copies that ended, and those that were unpinned or went
+        self._no_room: _NoRoom | None = None
 
     def __contains__(self, digest: str) -> bool:
         return digest in self._residents
@@ -76,6 +94,26 @@ class Residents:
         """Room for one more; None while there is none. Raises AdapterRefused if there never will be."""
         return None if self._slots.full else self.arena.reserve(adapter)
 
+    def victims(self, adapter: Adapter, keep: Set[str], *, anew: bool) -> list[str] | None:
+        """Who has to go, the least recently used first, so that `adapter`, for which there is no room, gets some; None
+        if it gets none even when all have gone that may: pinned ones, those being copied and those in `keep` stay.
+
+        `anew`: where only those in `keep` are in the way, and would fit beside it, all may go, to be laid out anew.
+        """
+        keep = frozenset(digest for digest in keep | self.copying if digest in self._residents)
+        search = _NoRoom(adapter.digest, anew, self._freed, keep)
+        if self._no_room is not None and self._no_room.holds(search):
+            return None
+        count = self.arena.evictions_for(adapter, (self._residents[digest].place for digest in self.idle(keep)))
+        if count is not None:
+            return list(islice(self.idle(keep), count))
+        everybody = list(self.idle(self.copying))
+        fits = sum(map(self.nbytes, keep)) + self.arena.nbytes_for(adapter) <= self.arena.nbytes
+        if anew and fits and len(everybody) == len(self._residents):
+            return everybody
+        self._no_room = search
+        return None
+
     def start_copy(self, ref: AdapterRef, adapter: Adapter, place: Place, seconds: float, *, proving: bool) -> None:
         """Begin to copy `adapter` (on the host) to its place; `seconds`: what it took until now."""
         self._residents[ref.digest] = Resident(ref, self._slots.add(ref.digest), place, seconds, proving=proving)
@@ -86,6 +124,7 @@ class Residents:
         """The copies that have ended since the last call, and why one failed; such an adapter is gone."""
         ended: list[tuple[Resident, BaseException | None]] = []
         for digest in [d for d, future in self._copying.items() if future.done()]:
+            self._freed += 1
             copy, resident = self._copying.pop(digest), self._residents[digest]
             error = copy.exception()
             ended.append((resident, error))
@@ -112,6 +151,7 @@ class Residents:
     def unpin(self, digest: str) -> bool:
         """Undo one `pin`; whether it was the last of one that was leaving, and it is gone."""
         self._slots.unpin(digest)
+        self._freed += 1
         return self._go(digest)
 
     def leave(self, digest: str) -> bool:
@@ -125,6 +165,7 @@ class Residents:
         """Take one that isn't pinned off the device."""
         self.arena.free(self._residents.pop(digest).place)
         self._slots.remove(digest)
+        self._freed += 1
         self._unready.discard(digest)
 
     def idle(self, keep: Container[str]) -> Iterator[str]:
@@ -133,7 +174,7 @@ class Residents:
 
     def nbytes(self, digest: str) -> int:
         """What one that is here takes of the arena."""
-        return self.arena.nbytes_of(self._residents[digest].place)
+        return self._residents[digest].place.nbytes
 
     def check_integrity(self) -> None:
         """Raises AssertionError when slots, pins or places are lost while nothing runs."""

@@ -67,8 +67,9 @@ class Engine:
 
     @property
     def loading(self) -> bool:
-        """Whether adapters are being brought onto the device: steps publish them, with or without work."""
-        return self._residency.loading
+        """Whether adapters are being brought onto the device, or steps have yet to tell where some stand: they do so
+        with or without work."""
+        return self._residency.loading or self._residency.changed
 
     def add_request(self, request: Request) -> None:
         """Queue a request. Raises ValueError for a prompt that is empty or does not fit, and for adapters that can't be

@@ -59,8 +59,8 @@ def test_a_refusal_is_for_good(clock: Clock) -> None:
 def test_so_many_are_remembered(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failures_module, "REMEMBERED", 2)
     failures = Failures()
-    for digest in "abc":
-        failures.add(ref(digest), AdapterUnavailable("disk"))
+    forgotten = [failures.add(ref(digest), AdapterUnavailable("disk")) for digest in "abc"]
+    assert forgotten == [[], [], ["a"]]
     assert [digest in failures for digest in "abc"] == [False, True, True]
 
 

@@ -1,6 +1,8 @@
 """Groups of adapters of different sizes in one arena: what fits alone gets in, however the rest lies."""
 
+import threading
 from collections.abc import Callable, Iterator
+from copy import copy
 
 import pytest
 import torch
@@ -8,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapters.adapter import Adapter, AdapterRef, LoraPair, ModuleKey
-from adapters.arena import Arena
+from adapters.arena import Arena, Place, _sizes
 from adapters.errors import AdapterRefused
-from adapters.residency import LOADS_AHEAD, AdapterStatus, Residency
+from adapters.residency import LOADS_AHEAD, PATIENCE, AdapterStatus, Residency
 from tests.engine.toy import ADAPTER_BYTES, CPU
 
 Make = Callable[..., Residency]
@@ -103,6 +105,24 @@ def test_a_group_whose_first_half_lies_in_the_way_is_laid_out_anew(make: Make) -
     residency.check_integrity()
 
 
+def test_a_half_in_the_way_that_is_still_being_copied_moves_when_it_has_been(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    residency, gate = make(6), threading.Event()
+    assert until_known(residency, "x2") is AdapterStatus.READY
+    fill = residency.arena.fill
+    monkeypatch.setattr(residency.arena, "fill", lambda *args: gate.wait(10) and fill(*args))
+    for _ in range(PATIENCE + 5):
+        assert residency.prefetch(ref("a1"), ref("b5")) is AdapterStatus.LOADING
+        residency._reader._executor.submit(int).result()
+        residency.poll()
+    assert residency.starving("a1", "b5")
+    assert residency.stats.evictions == 0, "x alone would go in vain"
+    gate.set()
+    assert until_known(residency, "a1", "b5") is AdapterStatus.READY
+    residency.check_integrity()
+
+
 @pytest.mark.timeout(120)
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
@@ -152,3 +172,87 @@ def test_a_claimed_group_is_read_and_placed_before_those_who_came_earlier(make: 
         settle(residency)
         residency.poll()
     pytest.fail("the group never got in")
+
+
+def test_a_fragmented_arena_evicts_nobody_for_one_that_it_cannot_hold(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three holes of 64 numbers between pinned ones are as many as x takes, but its matrices have 96 each."""
+    residency, searches = make(5), list[int | None]()
+    search = residency.arena.evictions_for
+    monkeypatch.setattr(residency.arena, "evictions_for", lambda *args: searches.append(search(*args)) or searches[-1])
+    for digest in ("a1", "p1", "b1", "q1", "c1"):
+        assert until_known(residency, digest) is AdapterStatus.READY
+    residency.pin("p1")
+    residency.pin("q1")
+    residency.poll()  # nobody is asked for any more
+    for _ in range(50):
+        assert residency.prefetch(ref("x3")) is AdapterStatus.LOADING
+        settle(residency)
+        residency.poll()
+    assert residency.starving("x3")
+    assert (residency.resident, residency.stats.evictions) == (5, 0)
+    assert searches == [None, None], "once, and once more when it was claimed: nothing else has changed"
+    residency.unpin("p1")
+    assert until_known(residency, "x3") is AdapterStatus.READY
+    assert searches == [None, None, 4]
+    assert residency.status("q1") is AdapterStatus.READY
+    residency.unpin("q1")
+    residency.check_integrity()
+
+
+def test_what_one_victim_gives_is_all_that_is_looked_at(make: Make) -> None:
+    residency = make(6)
+    for digest in ("a1", "b2", "c3"):
+        assert until_known(residency, digest) is AdapterStatus.READY
+    residency.poll()
+    assert until_known(residency, "x1") is AdapterStatus.READY
+    assert [residency.status(digest).value for digest in ("a1", "b2", "c3")] == ["absent", "ready", "ready"]
+
+
+names = st.sampled_from([f"{name}{size}" for name in "abc" for size in (1, 2, 3, 4)])
+
+
+@pytest.mark.timeout(120)
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.sampled_from(["ask", "pin", "unpin", "forget", "nothing"]), names), min_size=10, max_size=80)
+)
+def test_nobody_goes_unless_another_gets_in_who_stays_out_only_while_there_is_no_room(
+    actions: list[tuple[str, str]],
+) -> None:
+    residency = Residency(load, Arena(7 * ADAPTER_BYTES, CPU, torch.float32), slots=6)
+    residents, make_room = residency._residents, residency._make_room
+
+    def watched(adapter: Adapter, keep: frozenset[str]) -> Place | None:
+        before = residency.stats.evictions
+        place = make_room(adapter, keep)
+        if place is None:
+            assert residency.stats.evictions == before, f"somebody went, but {adapter.digest} didn't get in"
+            rest, idle = copy(residency.arena._extents), list(residents.idle(keep | residents.copying))
+            for digest in idle:
+                rest.give_back(residents[digest].place.starts, residents[digest].place.sizes)
+            lost = len(residents) - len(idle) < residents.slots - 1 and rest.take(_sizes(adapter)) is not None
+            assert not lost, f"{adapter.digest} was kept out, though there was room"
+        return place
+
+    residency._make_room = watched
+    pins, asked = list[str](), dict[str, None]()
+    try:
+        for action, digest in actions:
+            if action == "ask":
+                asked[digest] = None
+            elif action == "pin" and residency.status(digest) is AdapterStatus.READY:
+                residency.pin(digest)
+                pins.append(digest)
+            elif action == "unpin" and pins:
+                residency.unpin(pins.pop(0))
+            elif action == "forget":
+                residency.forget(digest)
+            for each in list(asked):
+                if residency.prefetch(ref(each)) is AdapterStatus.READY:
+                    del asked[each]
+            settle(residency)
+            residency.poll()
+    finally:
+        residency.close()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import adapters.failures as failures_module
+import adapters.residency as residency_module
 from adapters.adapter import Adapter, AdapterRef, LoraPair, ModuleKey
 from adapters.arena import Arena
 from adapters.errors import AdapterRefused, AdapterUnavailable
@@ -305,6 +306,11 @@ def test_a_failed_one_is_tried_again_after_a_while(
     assert residency.prefetch(ref("a")) is AdapterStatus.FAILED
     assert loader.loaded == ["a"], "not at once"
     monkeypatch.setattr(failures_module, "RETRY_SECONDS", 0.0)
+    residency.changes()
+    monkeypatch.setattr(residency_module, "LOADS_AHEAD", 0)
+    assert residency.prefetch(ref("a")) is AdapterStatus.ABSENT
+    assert [change.status for change in residency.changes()] == [AdapterStatus.ABSENT], "told, though it has to wait"
+    monkeypatch.setattr(residency_module, "LOADS_AHEAD", LOADS_AHEAD)
     del loader.errors["a"]
     ready(residency, "a")
     assert loader.loaded == ["a", "a"]

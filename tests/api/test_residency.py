@@ -6,6 +6,10 @@ import subprocess
 import time
 from typing import Any
 
+import pytest
+
+from adapters import failures
+from adapters.errors import AdapterRefused
 from server.api.link import EngineLink
 from server.api.loop import EngineLoop
 from server.api.messages import EngineInfo, Forget, Frame
@@ -64,4 +68,34 @@ def test_the_worker_forgets_what_it_is_told_to() -> None:
     assert (outputs, ponged, told) == ([], False, True), "a step follows, which tells of it"
     changes = {digest: status for digest, status, _ in toy.engine.step().stats.residency}
     assert changes == {"a": "absent", "b": "ready"}
+    toy.engine.close()
+
+
+def test_the_last_changes_reach_the_edge_though_nothing_runs() -> None:
+    """More change at once than one step tells of: the worker takes steps until it has told of all."""
+    toy = Toy()
+    for i in range(1000):
+        toy.engine.forget(f"gone{i}")
+    told = 0
+    while toy.engine.loading:
+        told += len(toy.engine.step().stats.residency)
+    assert told == 1000
+    toy.engine.close()
+
+
+def test_the_edge_remembers_no_more_adapters_than_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(failures, "REMEMBERED", 5)
+    toy = Toy(resident=3)
+    link = EngineLink(lambda message: None, Metrics("gpt2", 8), 8, 60.0)
+    link.info = info()
+    digests = [f"d{i}" for i in range(60)]
+    for i, digest in enumerate(digests):
+        if i % 2:
+            toy.errors[digest] = AdapterRefused("rank 0")
+        toy.preload(digest)
+        while toy.engine.loading:
+            link.on_frame(Frame("epoch", None, (), (toy.engine.step().stats,)))
+    known = {digest: toy.residency.status(digest).value for digest in digests}
+    assert {d: status for d, (status, _) in link.residency.items()} == {d: s for d, s in known.items() if s != "absent"}
+    assert sorted(status for status, _ in link.residency.values()) == ["ready"] * 3 + ["refused"] * 5
     toy.engine.close()
