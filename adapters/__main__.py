@@ -28,7 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command; the exit code: 0 done, 1 refused or not found, 2 wrong usage."""
     args = _parser().parse_args(arguments)
     try:
-        store = AdapterStore(args.store_dir, _shape(args.model), args.adapters_dir)
+        model = "demo" if args.model.resolve() == DEMO_MODEL else args.model.resolve().name
+        reserved = frozenset({model, "base", "other"})  # as the server has it
+        store = AdapterStore(args.store_dir, _shape(args.model), args.adapters_dir, reserved)
         answer = args.run(store, args)
     except (AdapterError, ValueError, OSError) as error:
         print(f"{args.command}: {error}", file=sys.stderr)
@@ -49,7 +51,7 @@ def _show(store: AdapterStore, args: argparse.Namespace) -> dict[str, Any]:
         found = store.get(args.name)
         entry = store.registry.entries[found.ref.name]
         row = _row(store, entry) | {"digest": found.ref.digest, "path": found.ref.path}
-        row |= {"versions": list(entry.stack), "aliases": store.aliases_of(entry.name)}
+        row |= {"versions": list(entry.stack), "aliases": store.registry.aliases_of(entry.name)}
     return row | {"history": [asdict(event) for event in store.registry.history(entry.name)]}
 
 

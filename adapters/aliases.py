@@ -35,11 +35,6 @@ def targets_of(alias: Entry) -> list[tuple[str, float]]:
     return [] if alias.value is None else [(reference, weight) for reference, weight in json.loads(alias.value)]
 
 
-def past_targets(alias: Entry) -> list[str]:
-    """The references that it leads to, or could be rolled back to."""
-    return [reference for value in alias.stack for reference, _ in json.loads(value)]
-
-
 def choose(alias: str, targets: Sequence[tuple[str, float]], key: str | None) -> str:
     """One target, as often as its weight says; for the same alias, targets and key always the same."""
     if key is None:

@@ -19,7 +19,7 @@ class AdapterNotFound(AdapterError):
 
     def __init__(self, name: str, nearest: Sequence[str] = (), hint: str = "") -> None:
         self.name = name
-        self.nearest = tuple(nearest)
+        self.nearest, self.hint = tuple(nearest), hint
         hint = hint or (f"the nearest are {', '.join(map(repr, nearest))}" if nearest else "")
         hint = f"; {hint}" if hint else ""
         super().__init__(f"adapter {name!r} does not exist{hint}. GET /v1/models lists what can be served")

@@ -4,25 +4,29 @@ DIR/objects/ab/abcd.../   the files of one version; never changed but for what l
 DIR/staging/              what is being written; a process that dies leaves it for `sweep`
 """
 
+import errno
 import hashlib
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Container, Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from adapters.adapter import AdapterManifest, BaseShape
 from adapters.errors import AdapterError, AdapterRefused, AdapterUnavailable
+from adapters.golden import GOLDEN_FILE
 from adapters.lora_config import CONFIG_FILE
 from adapters.tensorfile import open_regular
 from adapters.validation import MAX_WEIGHTS_BYTES, WEIGHTS_FILE, inspect_adapter
 from adapters.values import check_values
 
-SIDECARS = ("golden.json", "report.json", "README.md", "loss.png")
-"""What may lie beside the weights: no part of the identity, replaced when the same content is published again."""
-ADAPTER_FILES = (CONFIG_FILE, WEIGHTS_FILE, *SIDECARS)
+PROOF_FILES = (CONFIG_FILE, WEIGHTS_FILE, GOLDEN_FILE)
+"""What decides the digest."""
+SIDECARS = ("report.json", "README.md", "loss.png")
+"""What may lie beside: replaced when the same content is published again."""
+ADAPTER_FILES = (*PROOF_FILES, *SIDECARS)
 MAX_SIDECAR_BYTES = 16 << 20
 
 
@@ -46,14 +50,17 @@ class Objects:
     def staging(self) -> Generator[Path]:
         """An empty folder on the same file system, deleted afterwards."""
         folder = self._staging / uuid.uuid4().hex
-        folder.mkdir()
+        try:
+            folder.mkdir()
+        except OSError as error:
+            raise AdapterUnavailable(f"{self._staging} can't be written to: {error.strerror}") from error
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
     def downloads(self, source: str) -> Path:
-        """Where downloads of `source` go on; `sweep` deletes them when nobody does."""
+        """Where downloads of `source` go on; `delete` clears what nobody finishes."""
         return self._staging / hashlib.sha256(source.encode(errors="replace")).hexdigest()
 
     def put(self, source: Path, name: str, shape: BaseShape) -> AdapterManifest:
@@ -74,35 +81,42 @@ class Objects:
             self._place(staged, manifest.ref.digest, shape)
         return manifest
 
-    def sweep(self, keep: Container[str], grace_seconds: float) -> list[str]:
-        """Delete the versions that are not in `keep`, and what was left in staging, if older; the digests."""
-        oldest, gone = time.time() - grace_seconds, list[str]()
-        for folder in self._objects.glob("??/*"):
-            if folder.name not in keep and folder.stat().st_mtime < oldest:
-                with self.staging() as bin_:
-                    folder.rename(bin_ / folder.name)  # at once, whoever reads it
-                gone.append(folder.name)
+    def unused(self, grace_seconds: float) -> list[str]:
+        """The digests whose content was not put for so long; whether a name means them is not known here."""
+        oldest = time.time() - grace_seconds
+        return [folder.name for folder in self._objects.glob("??/*") if folder.stat().st_mtime < oldest]
+
+    def delete(self, digests: Sequence[str], grace_seconds: float) -> None:
+        """Delete versions, and what was left in staging, if older."""
+        for digest in digests:
+            with self.staging() as bin_, suppress(FileNotFoundError):
+                self.path(digest).rename(bin_ / digest)  # at once, whoever reads it
+        oldest = time.time() - grace_seconds
         for folder in self._staging.iterdir():
             with suppress(FileNotFoundError):  # its owner has just finished
                 if folder.stat().st_mtime < oldest:
                     shutil.rmtree(folder, ignore_errors=True)
-        return gone
+
+    def check(self) -> None:
+        """Raises AdapterUnavailable when the folders are gone."""
+        if not self._objects.is_dir() or not self._staging.is_dir():
+            raise AdapterUnavailable(f"{self._objects.parent} is gone or can't be read: is --store-dir mounted?")
 
     def _place(self, staged: Path, digest: str, shape: BaseShape) -> None:
+        """Nobody ever sees the version without its files: whole folders come by one rename, single files by another."""
         _sync(staged)
         target = self.path(digest)
-        if target.is_dir() and self._intact(target, digest, shape):
-            for file in SIDECARS:
+        target.parent.mkdir(exist_ok=True)
+        try:
+            staged.rename(target)
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            kept = () if self._intact(target, digest, shape) else PROOF_FILES  # mends what was damaged
+            for file in (*SIDECARS, *kept):
                 if (staged / file).is_file():
                     (staged / file).replace(target / file)
-            os.utime(target)  # young again for `sweep`
-            return
-        target.parent.mkdir(exist_ok=True)
-        with self.staging() as aside:
-            with suppress(FileNotFoundError):
-                target.rename(aside / "damaged")
-            staged.rename(target)
-            staged.mkdir()  # for its owner to delete
+            os.utime(target)  # young again for `unused`
         _sync(target.parent)
 
     def _intact(self, target: Path, digest: str, shape: BaseShape) -> bool:

@@ -82,15 +82,34 @@ class Registry:
         self._lock = threading.RLock()
         self._open: tuple[int, sqlite3.Connection] | None = None
         self._seen_data = self._seen_revision = self._seen_version = -1
+        self._inode: int | None = None
         self.refresh()
 
     def refresh(self) -> None:
-        """Take in what any process has changed; microseconds when nothing has."""
-        with self._lock, self._connection() as db:
-            data = db.execute("pragma data_version").fetchone()[0]
-            if data != self._seen_data:
-                self._take_in(db)
-                self._seen_data = data
+        """Take in what any process has changed; microseconds when nothing has.
+
+        Never waits: while a thread of this process changes something, what was seen last holds for a moment longer.
+        """
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
+            with self._connection() as db:
+                data = db.execute("pragma data_version").fetchone()[0]
+                if data != self._seen_data:
+                    self._take_in(db)
+                    self._seen_data = data
+        finally:
+            self._lock.release()
+
+    def check(self) -> None:
+        """Raises AdapterUnavailable when the database is gone, or another one lies in its place."""
+        self.refresh()
+        try:
+            now = self.path.stat().st_ino
+        except OSError as error:
+            raise AdapterUnavailable(f"the adapter registry {self.path} can't be read: {error.strerror}") from error
+        if self._inode not in (None, now):
+            raise AdapterUnavailable(f"the adapter registry {self.path} was replaced while it was in use: start anew")
 
     def add_version(self, version: AdapterVersion) -> None:
         """Remember what is known of a digest; the same digest may be added again."""
@@ -98,19 +117,34 @@ class Registry:
             facts = json.dumps(version.facts())
             db.execute("insert or ignore into versions(digest, facts) values (?, ?)", (version.digest, facts))
 
-    def drop_versions(self, digests: list[str]) -> None:
-        """Forget versions whose content is deleted."""
+    def drop_versions(self, digests: list[str]) -> list[str]:
+        """Forget those of `digests` that no name means or could be rolled back to, and no alias is fixed on; which."""
         with self._change() as db:
-            db.executemany("delete from versions where digest = ?", [(digest,) for digest in digests])
-        for digest in digests:
+            gone = sorted(set(digests) - self.named())
+            db.executemany("delete from versions where digest = ?", [(digest,) for digest in gone])
+        for digest in gone:
             self.versions.pop(digest, None)
+        return gone
+
+    def named(self) -> set[str]:
+        """Every version that a name means or could be rolled back to, or that an alias is or was fixed on."""
+        kept: set[str] = set()
+        for entry in list(self.entries.values()):
+            if entry.kind is Kind.ADAPTER:
+                kept.update(entry.stack)
+            else:
+                kept.update(reference.partition("@")[2] for value in entry.stack for reference, _ in json.loads(value))
+        return kept
 
     def push(self, name: str, kind: Kind, value: str, *, action: str, origin: str, folder: str | None = None) -> Entry:
         """Give a name a new value. One that it has already changes nothing but `folder`, where it is given.
 
-        Raises AdapterConflict when the name stands for something of another kind.
+        Raises AdapterConflict when the name stands for something of another kind, AdapterUnavailable when a version's
+        content was deleted meanwhile.
         """
         with self._change() as db:
+            if kind is Kind.ADAPTER and not db.execute("select 1 from versions where digest = ?", (value,)).fetchone():
+                raise AdapterUnavailable(f"version {value[:12]} was deleted before {name!r} could mean it: try again")
             old = self.entries.get(name)
             if old is not None and old.value is not None and old.kind is not kind:
                 raise AdapterConflict(f"{name!r} is an {old.kind.value}: remove it, or choose another name")
@@ -122,23 +156,25 @@ class Registry:
             self._put(db, name, kind, stack, keep, None if old is None else old.created)
         return self.entries[name]
 
-    def rollback(self, name: str, origin: str) -> Entry:
+    def rollback(self, name: str, origin: str, kind: Kind | None = None) -> Entry:
         """Give a name its value before the current one. Raises AdapterNotFound, AdapterConflict where there is none."""
         with self._change() as db:
-            old = self._known(name)
+            old = self._known(name, kind)
             if len(old.stack) < 2:
                 raise AdapterConflict(f"{name!r} has no earlier value to roll back to")
             self._log(db, name, "rollback", old.stack[-2], origin)
             self._put(db, name, old.kind, old.stack[:-1], old.folder, old.created)
         return self.entries[name]
 
-    def remove(self, name: str, origin: str, folder: str | None) -> Entry:
+    def remove(self, name: str, origin: str, folder: str | None, kind: Kind | None = None) -> Entry:
         """Take a name away; what it was. `folder`: the signature of what lies under it in the adapters' folder.
 
-        Raises AdapterNotFound.
+        Raises AdapterNotFound, AdapterConflict when an alias leads to it.
         """
         with self._change() as db:
-            old = self._known(name)
+            old = self._known(name, kind)
+            if users := self.aliases_of(name):
+                raise AdapterConflict(f"{name!r} is a target of {', '.join(users)}: change or remove the alias first")
             self._log(db, name, "remove", "", origin)
             self._put(db, name, old.kind, (), folder, old.created)
         return old
@@ -158,10 +194,22 @@ class Registry:
                 self._open[1].close()
             self._open, self._seen_data = None, -1
 
-    def _known(self, name: str) -> Entry:
+    def aliases_of(self, name: str) -> list[str]:
+        """The aliases that have an adapter among their targets."""
+        found: list[str] = []
+        for entry in list(self.entries.values()):
+            targets = json.loads(entry.value) if entry.kind is Kind.ALIAS and entry.value is not None else []
+            if any(reference.partition("@")[0] == name for reference, _ in targets):
+                found.append(entry.name)
+        return sorted(found)
+
+    def _known(self, name: str, kind: Kind | None) -> Entry:
+        """Of any kind if `kind` is None."""
         entry = self.entries.get(name)
         if entry is None or entry.value is None:
             raise AdapterNotFound(name)
+        if kind not in (None, entry.kind):
+            raise AdapterNotFound(name, hint=f"it is an {entry.kind.value}")
         return entry
 
     def _put(
@@ -205,10 +253,11 @@ class Registry:
             try:
                 self._take_in(db)
                 yield db
+                db.execute("commit")
             except BaseException:
-                db.execute("rollback")
+                if db.in_transaction:
+                    db.execute("rollback")
                 raise
-            db.execute("commit")
             self._take_in(db)
 
     @contextmanager
@@ -232,4 +281,5 @@ class Registry:
             )
         if version < SCHEMA_VERSION:
             db.executescript(f"begin immediate; {_SCHEMA} pragma user_version = {SCHEMA_VERSION}; commit;")
+        self._inode = self.path.stat().st_ino
         return db

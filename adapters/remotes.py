@@ -36,6 +36,10 @@ class HttpRemote:
         self.origin = address
         self._client = httpx.Client(follow_redirects=False, timeout=min(STALL_SECONDS, seconds), trust_env=False)
 
+    def close(self) -> None:
+        """Close the connections."""
+        self._client.close()
+
     def find(self, name: str) -> RemoteFile | None:
         """Asks for the head of it."""
         url = f"{self.origin}/{name}"
@@ -89,6 +93,9 @@ class FsspecRemote:
         ).url_to_fs  # it has no types
         self._files, self._path = url_to_fs(address)
 
+    def close(self) -> None:
+        """Nothing to close: the library keeps its connections."""
+
     def find(self, name: str) -> RemoteFile | None:
         """Asks for its size and version."""
         path = f"{self._path}/{name}"
@@ -121,6 +128,9 @@ class HubRemote:
         self.origin = f"hf://{repository}@{info.sha}"
         self._siblings = {file.rfilename: file for file in info.siblings or ()}
         self._files: Any = HfFileSystem()
+
+    def close(self) -> None:
+        """Nothing to close: the library keeps its connections."""
 
     def find(self, name: str) -> RemoteFile | None:
         """From what the hub told of the commit."""

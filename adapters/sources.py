@@ -9,6 +9,7 @@ import json
 import re
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -35,6 +36,10 @@ class Remote(Protocol):
     """One remote folder."""
 
     origin: str
+
+    def close(self) -> None:
+        """Give its connections back."""
+        ...
 
     def find(self, name: str) -> RemoteFile | None:
         """The file of this name; None if there is none."""
@@ -70,9 +75,9 @@ class Sources:
             raise AdapterRefused(f"{source!r} is not allowed; --adapter-sources names the addresses that are")
         deadline = time.monotonic() + self._seconds
         try:
-            remote = _remote(address, self._seconds)
-            into.mkdir(parents=True, exist_ok=True)
-            self._download(remote, into, deadline)
+            with closing(_remote(address, self._seconds)) as remote:
+                into.mkdir(parents=True, exist_ok=True)
+                self._download(remote, into, deadline)
         except Missing as error:
             raise AdapterNotFound(source, hint=str(error)) from None
         except AdapterError:

@@ -9,12 +9,13 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from adapters.adapter import NAME_PATTERN, AdapterManifest, AdapterRef, AdapterVersion, BaseShape
-from adapters.aliases import check_targets, choose, past_targets, targets_of
+from adapters.aliases import check_targets, choose, targets_of
 from adapters.errors import AdapterConflict, AdapterNotFound, AdapterRefused, AdapterUnavailable
 from adapters.folders import Folders
 from adapters.objects import Objects
@@ -34,6 +35,7 @@ class Found:
 
     ref: AdapterRef
     version: AdapterVersion
+    folder: str | None = None  # of what was staged: the signature of the folder of that name before
 
 
 class AdapterStore:
@@ -54,33 +56,44 @@ class AdapterStore:
         self._lock = threading.RLock()  # held while folders are read: nothing is read twice
 
     def known(self, reference: str, key: str | None = None) -> Found | None:
-        """What `reference` means if that takes no more than a look at the registry.
+        """What `reference` means, if that takes no more than a look at the registry in memory; else None.
 
         `key`: whom a weighted alias sends to the same target each time. Raises AdapterRefused, AdapterUnavailable.
         """
+        meant = self.look_up(reference, key)
+        if meant is None:
+            return None
+        found = self._found(*meant)
+        return self._fitting(found) if found.version.shape == self._shape or meant[1] in self._unfit else None
+
+    def get(self, reference: str, key: str | None = None) -> Found:
+        """What `reference` means; takes in a folder of that name.
+
+        Raises AdapterNotFound with the nearest names, AdapterRefused with the reason, AdapterUnavailable on I/O.
+        """
+        if (meant := self.look_up(reference, key)) is not None:
+            return self._fitting(self._found(*meant))
+        with self._lock:
+            if (meant := self.look_up(reference, key)) is not None:
+                return self._fitting(self._found(*meant))
+            if self._folders is not None and self._folders.find(reference) is not None:
+                return self._take_in(self._folders, reference)
+        raise AdapterNotFound(reference, self._nearest(reference))
+
+    def look_up(self, reference: str, key: str | None = None) -> tuple[str, str] | None:
+        """The adapter's name and the digest that `reference` means, whether it can be served or not; no I/O."""
         self.registry.refresh()
         try:
             asked = parse_reference(reference)
         except ValueError:
             return None
         entry = self.registry.entries.get(reference)
-        if entry is not None and entry.kind is Kind.ALIAS and entry.value is not None:
-            asked = parse_reference(choose(reference, targets_of(entry), key))
-        return self._registered(asked)
-
-    def get(self, reference: str, key: str | None = None) -> Found:
-        """The same, and takes in a folder of that name.
-
-        Raises AdapterNotFound with the nearest names, AdapterRefused with the reason, AdapterUnavailable on I/O.
-        """
-        if (found := self.known(reference, key)) is not None:
-            return found
-        with self._lock:
-            if (found := self.known(reference, key)) is not None:
-                return found
-            if self._folders is not None and self._folders.find(reference) is not None:
-                return self._take_in(self._folders, reference)
-        raise AdapterNotFound(reference, self._nearest(reference))
+        if entry is None or entry.kind is not Kind.ALIAS or entry.value is None or asked.name in self._reserved:
+            return self._version_of(asked)
+        target = parse_reference(choose(reference, targets_of(entry), key))
+        if target.at is not None:
+            return target.name, target.at  # in full, and kept for the alias
+        return self._version_of(target)
 
     def all(self) -> list[Found]:
         """Every adapter that can be served, by name, new folders included. Those that can't be are logged once."""
@@ -100,7 +113,8 @@ class AdapterStore:
                     except (AdapterRefused, AdapterUnavailable) as error:
                         logger.debug("%s: %s", folder.name, error)  # `_take_in` has told
         self.registry.refresh()
-        present = [entry for entry in list(self.registry.entries.values()) if entry.value is not None]
+        entries = list(self.registry.entries.values())
+        present = [e for e in entries if e.value is not None and parse_reference(e.name).name not in self._reserved]
         return sorted(present, key=lambda entry: entry.name)
 
     def refusals(self) -> dict[str, str]:
@@ -120,16 +134,15 @@ class AdapterStore:
     def stage(self, name: str, source: Path) -> Found:
         """Take an adapter folder's content in, under no name yet. Raises AdapterRefused, AdapterUnavailable."""
         self.check_name(name)
+        folder = self._signature(name)  # before it is read: what changes meanwhile has changed
         manifest = self.objects.put(source, name, self._shape)
-        digest = manifest.ref.digest
         self.registry.add_version(AdapterVersion.of(manifest, self._shape, time.time()))
-        return self._found(name, digest)
+        return replace(self._found(name, manifest.ref.digest), folder=folder)
 
     def publish(self, found: Found, origin: str) -> Entry:
         """Let a name mean what was staged. Raises AdapterConflict if the name is an alias."""
         name, digest = found.ref.name, found.ref.digest
-        folder = self._folders.signature(name) if self._folders is not None and self._folders.find(name) else None
-        entry = self.registry.push(name, Kind.ADAPTER, digest, action="publish", origin=origin, folder=folder)
+        entry = self.registry.push(name, Kind.ADAPTER, digest, action="publish", origin=origin, folder=found.folder)
         logger.info("adapter %s: sha256 %s, rank %d, from %s", name, digest[:12], found.version.rank, origin)
         return entry
 
@@ -164,50 +177,40 @@ class AdapterStore:
         entry = self.registry.entries.get(name)
         if entry is None or entry.kind is not Kind.ADAPTER or len(entry.stack) < 2:
             return None
-        return self._fitting(name, entry.stack[-2])
+        return self._fitting(self._found(name, entry.stack[-2]))
 
-    def digests(self) -> set[str]:
-        """Every version that a name means or could be rolled back to, or that an alias is fixed on."""
-        self.registry.refresh()
-        kept: set[str] = set()
-        for entry in list(self.registry.entries.values()):
-            kept.update(
-                entry.stack if entry.kind is Kind.ADAPTER else (t.partition("@")[2] for t in past_targets(entry))
-            )
-        return kept
-
-    def rollback(self, name: str, origin: str) -> Entry:
-        """Give an adapter or alias its value before. Raises AdapterNotFound, AdapterConflict."""
-        entry = self.registry.rollback(name, origin)
+    def rollback(self, name: str, origin: str, kind: Kind | None = None) -> Entry:
+        """Give an adapter or alias (`kind` None: either) its value before. Raises AdapterNotFound, AdapterConflict."""
+        entry = self.registry.entries.get(name)
+        if entry is not None and entry.kind is Kind.ALIAS and len(entry.stack) > 1:
+            for reference, _ in json.loads(entry.stack[-2]):
+                if not self.has(target := parse_reference(reference).name):
+                    raise AdapterConflict(f"{name!r} led to {target!r} before, which was removed: set the alias anew")
+        with self._naming(name):
+            entry = self.registry.rollback(name, origin, kind)
         logger.info("%s rolled back to %s", name, entry.value)
         return entry
 
-    def remove(self, name: str, origin: str) -> Entry:
-        """Take a name away; its content goes with `sweep`.
+    def remove(self, name: str, origin: str, kind: Kind | None = None) -> Entry:
+        """Take an adapter's or alias's name away; its content goes with `sweep`.
 
         Raises AdapterNotFound, AdapterConflict if an alias needs it.
         """
-        if users := self.aliases_of(name):
-            raise AdapterConflict(f"{name!r} is a target of {', '.join(users)}: change or remove the alias first")
-        folder = self._folders.signature(name) if self._folders is not None and self._folders.find(name) else None
-        try:
-            entry = self.registry.remove(name, origin, folder)
-        except AdapterNotFound:
-            raise AdapterNotFound(name, self._nearest(name)) from None
+        with self._naming(name):
+            entry = self.registry.remove(name, origin, self._signature(name), kind)
         logger.info("%s removed", name)
         return entry
 
-    def aliases_of(self, name: str) -> list[str]:
-        """The aliases that have an adapter among their targets."""
-        self.registry.refresh()
-        aliases = [e for e in list(self.registry.entries.values()) if e.kind is Kind.ALIAS and e.value is not None]
-        return sorted(e.name for e in aliases if any(parse_reference(t).name == name for t, _ in targets_of(e)))
-
     def sweep(self, grace_seconds: float = GRACE_SECONDS) -> list[str]:
-        """Delete the content that no name means nor could be rolled back to; the digests."""
-        gone = self.objects.sweep(self.digests(), grace_seconds)
-        self.registry.drop_versions(gone)
+        """Delete the content that no name means nor could be rolled back to, and that is so old; the digests."""
+        gone = self.registry.drop_versions(self.objects.unused(grace_seconds))
+        self.objects.delete(gone, grace_seconds)
         return gone
+
+    def check(self) -> None:
+        """Raises AdapterUnavailable when the store is gone."""
+        self.registry.check()
+        self.objects.check()
 
     def check_name(self, name: str) -> None:
         """Raises AdapterRefused for a name that no adapter may have."""
@@ -238,32 +241,33 @@ class AdapterStore:
         self.publish(found, "its folder")
         return found
 
-    def _registered(self, asked: Reference) -> Found | None:
+    def _version_of(self, asked: Reference) -> tuple[str, str] | None:
         entry = self.registry.entries.get(asked.name)
-        if entry is None or entry.value is None or entry.kind is not Kind.ADAPTER:
+        if entry is None or entry.value is None or entry.kind is not Kind.ADAPTER or asked.name in self._reserved:
             return None
         if asked.at is None:
-            return self._fitting(asked.name, entry.value)
-        known = [asked.at] if asked.at in self.registry.versions else entry.stack
-        matching = {digest for digest in known if digest.startswith(asked.at) and DIGEST_PREFIX.fullmatch(asked.at)}
-        return self._fitting(asked.name, matching.pop()) if len(matching) == 1 else None
+            return asked.name, entry.value
+        if not DIGEST_PREFIX.fullmatch(asked.at):
+            return None
+        matching = {digest for digest in entry.stack if digest.startswith(asked.at)}
+        return (asked.name, matching.pop()) if len(matching) == 1 else None
 
     def _served(self, entry: Entry) -> Found | None:
         if entry.kind is not Kind.ADAPTER or entry.value is None:
             return None
         try:
-            return self._fitting(entry.name, entry.value)
+            return self._fitting(self._found(entry.name, entry.value))
         except (AdapterRefused, AdapterUnavailable) as error:
             logger.debug("%s: %s", entry.name, error)
             return None
 
-    def _fitting(self, name: str, digest: str) -> Found:
+    def _fitting(self, found: Found) -> Found:
         """Raises AdapterRefused where what was published does not fit the base that is served now."""
-        found = self._found(name, digest)
+        digest = found.ref.digest
         if found.version.shape != self._shape:
             if digest not in self._unfit:
                 try:
-                    inspect_adapter(Path(found.ref.path), name, self._shape)
+                    inspect_adapter(Path(found.ref.path), found.ref.name, self._shape)
                     self._unfit[digest] = ""
                 except AdapterRefused as error:
                     self._unfit[digest] = str(error)
@@ -272,7 +276,21 @@ class AdapterStore:
         return found
 
     def _found(self, name: str, digest: str) -> Found:
-        return Found(AdapterRef(digest, name, str(self.objects.path(digest))), self.registry.versions[digest])
+        version = self.registry.versions.get(digest)
+        if version is None:
+            raise AdapterUnavailable(f"version {digest[:12]} of {name!r} is not in the store any more: publish it")
+        return Found(AdapterRef(digest, name, str(self.objects.path(digest))), version)
+
+    def _signature(self, name: str) -> str | None:
+        return self._folders.signature(name) if self._folders is not None and self._folders.find(name) else None
+
+    @contextmanager
+    def _naming(self, name: str) -> Generator[None]:
+        """Adds the nearest names to an AdapterNotFound that has no better hint."""
+        try:
+            yield
+        except AdapterNotFound as error:
+            raise error if error.hint else AdapterNotFound(name, self._nearest(name)) from None
 
     def _fixed(self, target: Reference) -> str:
         """A target as it is kept: a digest written in full."""

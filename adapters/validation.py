@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 from adapters.adapter import TARGETS, AdapterManifest, AdapterRef, BaseShape, LoraModule, ModuleKey
 from adapters.errors import AdapterRefused
+from adapters.golden import Golden, read_golden
 from adapters.lora_config import CONFIG_FILE, LoraSpec, read_lora_spec
 from adapters.tensorfile import TensorHeader, chunks, open_regular, read_headers
 
@@ -37,7 +38,7 @@ def inspect_adapter(
             headers = read_headers(file, WEIGHTS_FILE)
             spec = read_lora_spec(folder, shape, roots)
             modules = _match(headers, spec, shape)
-            digest = _content_digest(file, headers, modules)
+            digest = _content_digest(file, headers, modules, read_golden(folder))
             stat = os.fstat(file.fileno())
     except FileNotFoundError:
         other = sorted(ascii(p.name)[1:-1] for p in folder.glob("*.bin"))[:3] if folder.is_dir() else []
@@ -47,10 +48,13 @@ def inspect_adapter(
     return AdapterManifest(ref, modules, stat.st_size, spec.base_model, stat.st_mtime)
 
 
-def _content_digest(file: BinaryIO, headers: dict[str, TensorHeader], modules: tuple[LoraModule, ...]) -> str:
+def _content_digest(
+    file: BinaryIO, headers: dict[str, TensorHeader], modules: tuple[LoraModule, ...], golden: Golden | None
+) -> str:
     """sha256 over what decides the adapter's effect: each module's rank and scaling, each tensor's bytes.
 
-    Metadata, tensor order in the file and fields that don't change the forward pass leave it as it is.
+    And over its golden prompts, where it has some: they decide whether it is served. Metadata, tensor order in the file
+    and fields that don't change the forward pass leave it as it is.
     """
     digest = hashlib.sha256()
     for module in modules:
@@ -60,6 +64,8 @@ def _content_digest(file: BinaryIO, headers: dict[str, TensorHeader], modules: t
             digest.update(f"{header.dtype} {list(header.shape)}\n".encode())
             for chunk in chunks(file, header, WEIGHTS_FILE):
                 digest.update(chunk)
+    for prompt in golden.prompts if golden is not None else ():
+        digest.update(f"golden {prompt.prompt_token_ids} {prompt.token_ids} {prompt.logprobs}\n".encode())
     return digest.hexdigest()
 
 

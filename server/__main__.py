@@ -67,6 +67,11 @@ def _served(settings: Settings, model_dir: Path) -> Served:
         )
     reserved = frozenset({name, "base", OTHER})
     store = AdapterStore(settings.store_dir, config.adapter_shape, settings.adapters_dir, reserved)
+    if taken := sorted(entry for entry in reserved if store.has(entry)):
+        raise SettingsError(
+            f"--store-dir {settings.store_dir} holds an adapter named {taken[0]!r}, which the base or the metrics are "
+            f"called here: take it away with `python -m adapters remove {taken[0]}`, or use another store"
+        )
     store.entries()
     if swept := store.sweep():
         logger.info("%d adapter versions that no name means any more were deleted", len(swept))

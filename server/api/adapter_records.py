@@ -8,7 +8,6 @@ from adapters.adapter import AdapterManifest
 from adapters.errors import AdapterError
 from adapters.lora_config import CONFIG_FILE
 from adapters.registry import Entry, Kind
-from adapters.store import Found
 from server.api.spec import ChorusSpec
 
 REPORT_FILE = "report.json"
@@ -49,9 +48,12 @@ class RecordWriter:
         store.registry.refresh()
         entry = store.registry.entries.get(name)
         if entry is None or entry.value is None or entry.kind is Kind.ADAPTER:
-            found = store.get(name)
-            entry = store.registry.entries[found.ref.name]
-            record = self._record(entry, found) | self._files(found)
+            meant = store.look_up(name)
+            if meant is None:
+                ref = store.get(name).ref  # a folder, or an error
+                meant = ref.name, ref.digest
+            entry = store.registry.entries[meant[0]]
+            record = self._record(entry, meant[1]) | self._files(store.objects.path(meant[1]))
         else:
             record = self._record(entry)
         history = store.registry.history(entry.name)
@@ -60,14 +62,15 @@ class RecordWriter:
                 {"action": e.action, "value": _value(entry.kind, e.value), "origin": e.origin, "at": e.at}
                 for e in history
             ],
-            "aliases": store.aliases_of(entry.name) if entry.kind is Kind.ADAPTER else [],
+            "aliases": store.registry.aliases_of(entry.name) if entry.kind is Kind.ADAPTER else [],
         }
 
-    def _record(self, entry: Entry, found: Found | None = None) -> dict[str, Any]:
+    def _record(self, entry: Entry, digest: str | None = None) -> dict[str, Any]:
+        """Of the entry's current version if `digest` is None."""
         common = {"name": entry.name, "kind": entry.kind.value, "created": entry.created, "updated": entry.updated}
         if entry.kind is Kind.ALIAS:
             return common | {"targets": _value(entry.kind, entry.value or "[]")}
-        digest = found.ref.digest if found is not None else entry.value or ""
+        digest = digest or entry.value or ""
         version = self._spec.state.store.registry.versions[digest]
         state, reason = self._state(entry.name, digest)
         return common | {
@@ -92,8 +95,7 @@ class RecordWriter:
         link = self._spec.link
         return ("absent", None) if link is None else link.residency.get(digest, ("absent", None))
 
-    def _files(self, found: Found) -> dict[str, Any]:
-        folder = Path(found.ref.path)
+    def _files(self, folder: Path) -> dict[str, Any]:
         config: dict[str, Any] = _json(folder / CONFIG_FILE) or {}
         return {
             "alpha": config.get("lora_alpha"),

@@ -125,6 +125,10 @@ def install_handlers(app: FastAPI) -> None:
         assert isinstance(error, ApiError)
         return JSONResponse(error.body(request.url.path), error.status, error.headers)
 
+    async def on_adapter_error(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, AdapterError)
+        return await on_api_error(request, ApiError.of_adapter(error, ""))
+
     async def on_invalid(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, RequestValidationError)
         problems = error.errors()
@@ -141,6 +145,7 @@ def install_handlers(app: FastAPI) -> None:
         return await on_api_error(request, ApiError(status, kind, str(error.detail), error.headers))
 
     app.add_exception_handler(ApiError, on_api_error)
+    app.add_exception_handler(AdapterError, on_adapter_error)
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
     app.add_middleware(CatchAll)

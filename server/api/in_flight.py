@@ -40,4 +40,6 @@ class InFlight:
         waiter = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(name, []).append(waiter)
         done, _ = await asyncio.wait((waiter,), timeout=seconds)
+        if not done:
+            self._waiting[name].remove(waiter)
         return bool(done)

@@ -5,6 +5,7 @@ on the engine before a name means it.
 """
 
 import asyncio
+import shutil
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,6 +15,7 @@ from fastapi import Query
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import ValidationError
+from starlette.requests import ClientDisconnect
 
 from adapters.archive import unpack
 from adapters.errors import AdapterError
@@ -50,8 +52,8 @@ class LifecycleRoutes:
             ("DELETE", "/v1/adapters/{name}", self.delete),
             ("POST", "/v1/adapters/{name}/rollback", self.rollback),
             ("PUT", "/v1/aliases/{name}", self.put_alias),
-            ("DELETE", "/v1/aliases/{name}", self.delete),
-            ("POST", "/v1/aliases/{name}/rollback", self.rollback),
+            ("DELETE", "/v1/aliases/{name}", self.delete_alias),
+            ("POST", "/v1/aliases/{name}/rollback", self.rollback_alias),
             ("POST", "/v1/load_lora_adapter", self.load),
             ("POST", "/v1/unload_lora_adapter", self.unload),
         ):
@@ -90,13 +92,23 @@ class LifecycleRoutes:
         left = await self._remove(name, "name", when_busy, timeout)
         return JSONResponse({"name": name, "removed": True, "in_flight": left}, 202 if left else 200)
 
+    async def delete_alias(self, name: str) -> dict[str, Any]:
+        """Take an alias away."""
+        await _call("name", self._store.remove, name, ORIGIN, Kind.ALIAS)
+        return {"name": name, "removed": True}
+
     async def rollback(self, name: str) -> dict[str, Any]:
-        """Give an adapter or an alias its value before."""
+        """Give an adapter the version before."""
         async with self._publishing:
             before = await _call("name", self._store.before, name)
             if before is not None:
                 await self._prove(before, "name")
-            await _call("name", self._store.rollback, name, ORIGIN)
+            await _call("name", self._store.rollback, name, ORIGIN, Kind.ADAPTER)
+            return await self.show(name)
+
+    async def rollback_alias(self, name: str) -> dict[str, Any]:
+        """Give an alias the targets before."""
+        await _call("name", self._store.rollback, name, ORIGIN, Kind.ALIAS)
         return await self.show(name)
 
     async def put_alias(self, name: str, body: AliasRequest) -> dict[str, Any]:
@@ -138,8 +150,11 @@ class LifecycleRoutes:
         """The adapter folder that a body holds, and the names of what it holds beside."""
         with self._store.objects.staging() as staging:
             with (staging / "archive").open("wb") as file:
-                async for chunk in http.stream():
-                    await asyncio.to_thread(file.write, chunk)
+                try:
+                    async for chunk in http.stream():
+                        await asyncio.to_thread(file.write, chunk)
+                except ClientDisconnect:
+                    raise ApiError(499, "client_closed", "the client closed the connection") from None
             unpacked = await _call("body", unpack, staging / "archive", staging / "unpacked", self._max_bytes)
             yield unpacked.folder, list(unpacked.ignored)
 
@@ -150,22 +165,20 @@ class LifecycleRoutes:
         async with self._fetching:
             fetched = await _call(field, self._spec.state.sources.fetch, source, downloads)
             yield fetched.folder, fetched.origin
+            await asyncio.to_thread(shutil.rmtree, downloads, ignore_errors=True)  # what failed goes on the next time
 
     async def _publish(self, name: str, folder: Path, origin: str) -> dict[str, Any]:
         async with self._publishing:
             found = await _call("name", self._store.stage, name, folder)
             await self._prove(found, "name")
             await _call("name", self._store.publish, found, origin)
-        return await self.show(name)
+            return await self.show(name)
 
     async def _prove(self, found: Found, field: str) -> None:
-        """Let the engine load a version, check its values and replay its golden prompts. Raises ApiError.
-
-        An earlier failure says nothing about it: what lies beside the weights may have changed since.
-        """
+        """Let the engine load a version, check its values and replay its golden prompts. Raises ApiError."""
         engine = self._spec.engine
-        if engine.residency.get(found.ref.digest, ("", None))[0] in ("refused", "failed"):
-            engine.forget(found.ref.digest)
+        if engine.residency.get(found.ref.digest, ("", None))[0] == "failed":
+            engine.forget(found.ref.digest)  # now, not when its back-off ends
         error = await self._spec.prove(found.ref)
         if error is not None:
             error.param = field
@@ -177,11 +190,9 @@ class LifecycleRoutes:
         if when_busy == "refuse" and (count := in_flight.count(name)):
             problem = f"{count} requests in flight use {name!r}; try again, or wait for them with when_busy=wait"
             raise ApiError(409, "conflict", problem, {"x-should-retry": "false"}, param=field)
-        entry = await _call(field, self._store.remove, name, ORIGIN)
-        if entry.kind is Kind.ALIAS:
-            return 0
+        entry = await _call(field, self._store.remove, name, ORIGIN, Kind.ADAPTER)
         await in_flight.idle(name, seconds)
-        for digest in set(entry.stack) - self._store.digests():
+        for digest in set(entry.stack) - self._store.registry.named():
             self._spec.engine.forget(digest)
         return in_flight.count(name)
 

@@ -1,5 +1,7 @@
 """What orchestrators ask: is it alive, is it ready, how is it doing."""
 
+import asyncio
+
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
@@ -31,7 +33,7 @@ class ProbeRoutes:
             missing = "the inference worker does not answer (starting or restarting)"
             return JSONResponse({"ready": False, "missing": [missing]}, 503, {"Retry-After": "2"})
         try:
-            self._spec.state.store.registry.refresh()
+            await asyncio.to_thread(self._spec.state.store.check)
         except AdapterUnavailable as error:
             return JSONResponse({"ready": False, "missing": [str(error)]}, 503, {"Retry-After": "2"})
         return JSONResponse({"ready": True, "missing": []})

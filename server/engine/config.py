@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-
 LARGEST_PROMPT_BLOCK = 32
 
 

@@ -110,16 +110,21 @@ def test_several_processes_publish_at_once(tmp_path: Path) -> None:
     assert tuple(event.value for event in reversed(events)) == store.registry.entries["shared"].stack, "none is lost"
 
 
+def value(number: int) -> str:
+    """An alias's targets."""
+    return f'[["poe", {number}.0]]'
+
+
 def test_a_running_process_sees_what_another_changes(tmp_path: Path) -> None:
     mine, other = (Registry(tmp_path / "registry.sqlite") for _ in range(2))
-    other.push("a", Kind.ALIAS, "1", action="alias", origin="test")
+    other.push("a", Kind.ALIAS, value(1), action="alias", origin="test")
     assert "a" not in mine.entries
     mine.refresh()
     assert mine.entries["a"] == other.entries["a"]
-    mine.push("a", Kind.ALIAS, "2", action="alias", origin="test")
-    assert mine.entries["a"].stack == ("1", "2"), "a change is made to what is there, not to what was seen"
-    other.push("b", Kind.ALIAS, "1", action="alias", origin="test")
-    assert other.entries["a"].stack == ("1", "2")
+    mine.push("a", Kind.ALIAS, value(2), action="alias", origin="test")
+    assert mine.entries["a"].stack == (value(1), value(2)), "a change is made to what is there, not to what was seen"
+    other.push("b", Kind.ALIAS, value(1), action="alias", origin="test")
+    assert other.entries["a"].stack == (value(1), value(2))
     other.remove("a", "test", None)
     mine.refresh()
     assert list(mine.entries) == ["b"]
@@ -127,21 +132,21 @@ def test_a_running_process_sees_what_another_changes(tmp_path: Path) -> None:
 
 def test_a_failed_change_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry = Registry(tmp_path / "registry.sqlite")
-    registry.push("a", Kind.ALIAS, "1", action="alias", origin="test")
+    registry.push("a", Kind.ALIAS, value(1), action="alias", origin="test")
     with monkeypatch.context() as patch:
         patch.setattr(registry, "_put", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            registry.push("a", Kind.ALIAS, "2", action="alias", origin="test")
-    assert registry.entries["a"].stack == ("1",)
-    assert [event.value for event in registry.history("a")] == ["1"]
-    assert registry.push("a", Kind.ALIAS, "3", action="alias", origin="test").stack == ("1", "3")
+            registry.push("a", Kind.ALIAS, value(2), action="alias", origin="test")
+    assert registry.entries["a"].stack == (value(1),)
+    assert [event.value for event in registry.history("a")] == [value(1)]
+    assert registry.push("a", Kind.ALIAS, value(3), action="alias", origin="test").stack == (value(1), value(3))
 
 
 def test_only_so_many_versions_can_be_rolled_back_to(tmp_path: Path) -> None:
     registry = Registry(tmp_path / "registry.sqlite")
     for i in range(40):
-        registry.push("a", Kind.ALIAS, str(i), action="alias", origin="test")
-    assert registry.entries["a"].stack == tuple(map(str, range(8, 40)))
+        registry.push("a", Kind.ALIAS, value(i), action="alias", origin="test")
+    assert registry.entries["a"].stack == tuple(map(value, range(8, 40)))
     assert len(registry.history("a")) == 40
 
 
