@@ -198,7 +198,8 @@ class Registry:
         """The aliases that have an adapter among their targets."""
         found: list[str] = []
         for entry in list(self.entries.values()):
-            targets = json.loads(entry.value) if entry.kind is Kind.ALIAS and entry.value is not None else []
+            leads = entry.kind is Kind.ALIAS and entry.value is not None
+            targets: list[tuple[str, float]] = json.loads(entry.value or "[]") if leads else []
             if any(reference.partition("@")[0] == name for reference, _ in targets):
                 found.append(entry.name)
         return sorted(found)

@@ -1,5 +1,6 @@
 """References, aliases and rollbacks: which version a request gets."""
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import pytest
 
 from adapters.errors import AdapterConflict, AdapterNotFound, AdapterRefused
 from adapters.references import parse_composition, parse_reference
+from adapters.registry import Kind
 from adapters.store import AdapterStore
 from tests.adapters.support import SHAPE, tensors, write_adapter
 
@@ -191,3 +193,51 @@ def test_a_reference_is_written_as_it_was_read() -> None:
     for wrong in ("", "@x", "poe@a b", "p,e", "poe@ünder", "pоe"):
         with pytest.raises(ValueError, match=r"expected|neither"):
             parse_reference(wrong)
+
+
+def test_a_name_never_means_another_ones_version(store: AdapterStore) -> None:
+    twain = versions(store, "twain")[0]
+    with pytest.raises(AdapterNotFound):
+        store.get(f"poe@{twain}")
+
+
+def test_an_alias_is_not_rolled_back_to_what_was_removed(store: AdapterStore) -> None:
+    store.set_alias("edgar", [("twain", 1)], "test")
+    store.set_alias("edgar", [("poe", 1)], "test")
+    store.remove("twain", "test")
+    with pytest.raises(AdapterConflict, match="'edgar' led to 'twain' before, which was removed: set the alias anew"):
+        store.rollback("edgar", "test")
+
+
+def test_what_is_asked_of_a_name_of_another_kind_is_not_done(store: AdapterStore) -> None:
+    store.set_alias("edgar", [("poe", 1)], "test")
+    for change in (store.remove, store.rollback):
+        with pytest.raises(AdapterNotFound, match="'edgar' does not exist; it is an alias"):
+            change("edgar", "test", Kind.ADAPTER)
+        with pytest.raises(AdapterNotFound, match="'poe' does not exist; it is an adapter"):
+            change("poe", "test", Kind.ALIAS)
+
+
+def test_a_reserved_name_in_the_store_is_not_served(store: AdapterStore, tmp_path: Path) -> None:
+    """Another server may have called its base otherwise."""
+    other = AdapterStore(tmp_path / "store", SHAPE, reserved=frozenset({"poe"}))
+    assert [entry.name for entry in other.entries()] == ["twain"]
+    assert other.has("poe"), "the start tells of it"
+    with pytest.raises(AdapterNotFound):
+        other.get("poe")
+
+
+def test_golden_prompts_are_part_of_a_version(store: AdapterStore, tmp_path: Path) -> None:
+    """So a wrong golden.json is another version, and the one that was proved goes on."""
+    folder = write_adapter(tmp_path / "again", tensors(seed=3))
+    prompt = {"prompt": "a", "prompt_token_ids": [1], "token_ids": [2], "logprobs": [-0.5]}
+    golden = {"format_version": 1, "base_model": "b", "dtype": "float32", "prompts": [prompt]}
+    (folder / "golden.json").write_text(json.dumps(golden))
+    with_golden = store.stage("twain", folder)
+    assert with_golden.ref.digest != store.get("twain").ref.digest
+    assert not (Path(store.get("twain").ref.path) / "golden.json").exists()
+    (folder / "golden.json").write_text(json.dumps(golden, indent=3))
+    assert store.stage("twain", folder).ref == with_golden.ref, "what it says counts, not how it is written"
+    (folder / "golden.json").write_text('{"bogus": 1}')
+    with pytest.raises(AdapterRefused, match=r"golden\.json"):
+        store.stage("twain", folder)
