@@ -36,9 +36,9 @@ def test_what_is_not_a_row_is_told(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize("deaf", [False, True], ids=["SIGTERM", "SIGKILL"])
 def test_one_that_hangs_is_ended_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, deaf: bool) -> None:
     monkeypatch.setattr(run, "GRACE_SECONDS", 2)
-    ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN);" if deaf else ""
+    ignore = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); " if deaf else ""
     file = tmp_path / "child"
-    child = f"{ignore} import os, time; print(os.getpid(), file=open({str(file)!r}, 'w'), flush=True); time.sleep(60)"
+    child = f"{ignore}import os, time; print(os.getpid(), file=open({str(file)!r}, 'w'), flush=True); time.sleep(60)"
     parent = f"""
 {ignore}
 import subprocess, sys, time
