@@ -36,14 +36,15 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 
-def parser(description: str, model: bool = True) -> argparse.ArgumentParser:
-    """Flags that every benchmark has; `model`: whether it runs one."""
+def parser(description: str, model: bool = True, repeats: bool = True) -> argparse.ArgumentParser:
+    """Flags that every benchmark has; `model`: whether it runs one, `repeats`: whether it alternates variants."""
     p = argparse.ArgumentParser(description=description)
     if model:
         p.add_argument(
             "--model", type=Path, help="a checkpoint directory instead of random weights at gpt2-medium's sizes"
         )
-    p.add_argument("--repeats", type=count, default=3, help="runs of each variant, alternated")
+    if repeats:
+        p.add_argument("--repeats", type=count, default=3, help="runs of each variant, alternated")
     p.add_argument("--json", action="store_true", help="one JSON line a row")
     return p
 

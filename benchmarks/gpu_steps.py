@@ -10,7 +10,7 @@ import torch
 from adapters.adapter import AdapterRef
 from benchmarks.common import adapter_bytes, advance, warm
 from benchmarks.full_batch import full_steps, max_tokens
-from benchmarks.gpu_checks import Row, new_engine
+from benchmarks.gpu_checks import Row, new_engine, type_name
 from server.engine.engine import Engine
 from server.model.gpt2 import GPT2
 
@@ -37,9 +37,10 @@ def positions(batch: int) -> int:
     return PROMPT + max_tokens(batch, PROMPT, STEPS, max(512, batch))
 
 
-def step_rows(model: GPT2, batch: int, bandwidth: float) -> Iterator[Row]:
+def step_rows(model: GPT2, batch: int, bandwidth: float | None) -> Iterator[Row]:
     """Steps of one batch size by distinct adapters; `to_base` and `to_identical` compare them with none and with one.
 
+    `bandwidth`: bytes a second of a copy; without one `to_floor` stays empty.
     An engine of its own: whatever one batch size fails of, the next begins anew.
     """
     engine = new_engine(model, batch, positions(batch))
@@ -54,7 +55,7 @@ def step_rows(model: GPT2, batch: int, bandwidth: float) -> Iterator[Row]:
         engine.close()
 
 
-def step_row(engine: Engine, model: GPT2, batch: int, distinct: int, bandwidth: float) -> Row:
+def step_row(engine: Engine, model: GPT2, batch: int, distinct: int, bandwidth: float | None) -> Row:
     """A decode step of `batch` sequences over `distinct` adapters (0: the base). Raises RuntimeError if one fails."""
     refs = [AdapterRef(f"step{i}", f"a{i}", "") for i in range(distinct)]
     warm(engine, refs)
@@ -62,11 +63,11 @@ def step_row(engine: Engine, model: GPT2, batch: int, distinct: int, bandwidth: 
     graph = replay_seconds(engine, batch)
     while engine.has_work:
         advance(engine)
-    floor = (model.nbytes + distinct * adapter_bytes(model)) / bandwidth
+    floor = (model.nbytes + distinct * adapter_bytes(model)) / bandwidth if bandwidth else None
     return {
-        "part": "step", "batch": batch, "adapters": distinct, "step_ms": round(1000 * step, 4),
-        "graph_ms": round(1000 * graph, 4), "tokens_per_second": round(batch / step),
-        "to_floor": round(step / floor, 2), "graph_to_floor": round(graph / floor, 2),
+        "part": "step", "dtype": type_name(model.dtype), "batch": batch, "adapters": distinct,
+        "step_ms": round(1000 * step, 4), "graph_ms": round(1000 * graph, 4), "tokens_per_second": round(batch / step),
+        "to_floor": round(step / floor, 2) if floor else "", "graph_to_floor": round(graph / floor, 2) if floor else "",
     }  # fmt: skip
 
 

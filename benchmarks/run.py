@@ -1,4 +1,4 @@
-"""`make bench`: a bounded selection of the benchmarks, about twenty minutes, rendered into benchmarks/results/.
+"""`make bench`: a bounded selection of the benchmarks, about twenty-five minutes, rendered into benchmarks/results/.
 
 llama.cpp is compared where `make llamacpp` has built it.
 
@@ -7,9 +7,13 @@ Writes NAME.jsonl (every row with hardware, versions, commit), NAME.md (tables) 
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +31,59 @@ SELECTION: dict[str, list[str]] = {
     "adapters": [],
     "server": ["--repeats", "3"],
     "llamacpp": [],
+    "lifecycle": ["--cycles", "10000", "--names", "100", "10000"],
 }
 HARDWARE = ("cpu", "cores", "threads", "torch", "python", "commit")
-LIMIT_SECONDS = 900
+LIMIT_SECONDS = 900  # of one benchmark
+GRACE_SECONDS = 15  # between SIGTERM and SIGKILL
 
 
-def run(name: str, flags: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of one benchmark. Raises subprocess.CalledProcessError, TimeoutExpired."""
-    command = [sys.executable, "-m", f"benchmarks.{name}", "--json", *flags]
-    print("running", " ".join(command[2:]), flush=True)
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=LIMIT_SECONDS)
-    return [json.loads(line) for line in done.stdout.splitlines()]
+def run(command: Sequence[str], limit: float = LIMIT_SECONDS) -> tuple[list[dict[str, Any]], str | None]:
+    """The rows that a benchmark printed, and what ended it if that isn't its own success: they are kept all the same.
+
+    It gets a process group of its own, of which nothing is left afterwards.
+    """
+    problem = None
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(command, stdout=out, start_new_session=True)
+        try:
+            if status := process.wait(limit):
+                problem = f"exit status {status}"
+        except subprocess.TimeoutExpired:
+            problem = f"not done after {limit:g} s"
+        finally:
+            end_group(process)
+        out.seek(0)
+        return read_rows(out), problem
+
+
+def end_group(leader: "subprocess.Popen[bytes]") -> None:
+    """SIGTERM to all that is left of a process group; SIGKILL after GRACE_SECONDS."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + GRACE_SECONDS
+        try:
+            os.killpg(leader.pid, number)
+            while time.monotonic() < deadline:
+                leader.poll()  # as long as it isn't waited for, its group exists
+                os.killpg(leader.pid, 0)
+                time.sleep(0.05)
+        except ProcessLookupError:
+            return
+
+
+def read_rows(lines: Iterable[str]) -> list[dict[str, Any]]:
+    """The rows among the lines of a benchmark; what else it printed is told on stderr."""
+    rows: list[dict[str, Any]] = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if isinstance(row, dict) and "benchmark" in row:
+            rows.append(row)
+        elif line.strip():
+            print(f"not a row: {line.rstrip()}", file=sys.stderr)
+    return rows
 
 
 def tables(rows: Sequence[dict[str, Any]]) -> str:
@@ -74,15 +120,19 @@ def main() -> int:
     built = [name for name in SELECTION if name != "llamacpp" or (BUILD / TOOL).is_file()]
     parser.add_argument("--only", nargs="+", choices=list(SELECTION), default=built)
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that what runs is ended, too
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     for name in args.only:
-        try:
-            rows += run(name, SELECTION[name])
-        except subprocess.SubprocessError as error:
-            print(f"{name}: {error}", file=sys.stderr)
+        command = [sys.executable, "-m", f"benchmarks.{name}", "--json", *SELECTION[name]]
+        print("running", *command[2:], flush=True)
+        more, problem = run(command)
+        rows += more
+        if problem:
+            print(f"{name}: {problem}, {len(more)} rows are kept", file=sys.stderr)
             failed.append(name)
     if not rows:
+        print("no rows: nothing is written", file=sys.stderr)
         return 1
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"{args.name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -91,7 +141,7 @@ def main() -> int:
         plot(rows, RESULTS / f"{args.name}.png")
     print(tables(rows))
     if failed:
-        print(f"failed, their rows are missing: {', '.join(failed)}", file=sys.stderr)
+        print(f"failed, rows of theirs are missing: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0
 
 

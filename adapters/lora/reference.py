@@ -1,4 +1,4 @@
-"""The slow truth: one row at a time. `packed` is tested against it."""
+"""The slow truth: one row at a time. `packed` and the kernels, C++ and Triton, are tested against it."""
 
 from collections.abc import Sequence
 

@@ -69,13 +69,6 @@ def write_meta(slots: Sequence[int], weights: Sequence[float], buffer: torch.Ten
     out[4].view(np.float32)[: len(slots)] = weights
 
 
-def group_rows(slots: Sequence[int], weights: Sequence[float] | None = None, tile: int = TILE) -> LoraMeta:
-    """The grouping of rows with these slots and weights (None: all 1), on the host."""
-    buffer = torch.empty(5, len(slots), dtype=torch.int32)
-    write_meta(slots, [1.0] * len(slots) if weights is None else weights, buffer, tile)
-    return LoraMeta.of(buffer)
-
-
 def max_tiles(rows: int, slots: int) -> int:
     """The most tiles that so many rows of so many slots, the base's among them, can take."""
     return min(rows, (rows + (TILE - 1) * (slots - 1)) // TILE)  # each slot leaves at most one tile unfilled

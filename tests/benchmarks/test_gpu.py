@@ -1,6 +1,7 @@
 """The GPU's benchmark without a GPU: what it times and what it keeps, through Triton's interpreter."""
 
 import csv
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -61,17 +62,20 @@ def test_the_replay_is_timed_over_a_full_batch_of_warm_adapters(model: GPT2, mon
     engine.close()
 
 
-def test_rows_measured_before_a_failure_stay(model: GPT2, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_rows_measured_before_a_failure_stay(
+    model: GPT2, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     real = gpu_steps.step_row
 
-    def step_row(engine: Any, of: GPT2, batch: int, distinct: int, bandwidth: float) -> Row:
+    def step_row(engine: Any, of: GPT2, batch: int, distinct: int, bandwidth: float | None) -> Row:
         if batch == distinct == 2:
             raise torch.OutOfMemoryError("CUDA out of memory.\nTried a lot")
         return real(engine, of, batch, distinct, bandwidth)
 
     monkeypatch.setattr(gpu_steps, "device_seconds", lambda work: work() or 1.0)
     monkeypatch.setattr(gpu_steps, "step_row", step_row)
-    report = gpu.Report()
+    file = tmp_path / "gpu.csv"
+    report = gpu.Report(lambda rows: gpu.tell(rows, {"gpu": "none"}, file, as_json=True))
     for batch in (2, 1):
         report.part(f"steps of {batch}", lambda batch=batch: gpu_steps.step_rows(model, batch, 1e9))
     assert [(r["part"], r.get("batch"), r.get("adapters")) for r in report.rows] == [
@@ -80,9 +84,11 @@ def test_rows_measured_before_a_failure_stay(model: GPT2, monkeypatch: pytest.Mo
     assert report.rows[2]["error"] == "OutOfMemoryError: CUDA out of memory. Tried a lot"
     assert report.failed == ["steps of 2"]
     assert report.rows[0]["to_base"] == report.rows[1]["to_identical"] == 1.0
-    gpu.write_csv(report.rows, {"gpu": "none"}, tmp_path / "gpu.csv")
-    with (tmp_path / "gpu.csv").open() as file:
-        assert [row["error"] for row in csv.DictReader(file)].count("") == 4
+    with file.open() as written:
+        assert [row["error"] for row in csv.DictReader(written)].count("") == 4
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["part"] for line in lines] == [row["part"] for row in report.rows]
+    assert all((line["benchmark"], line["gpu"]) == ("gpu", "none") for line in lines)
     assert gpu.our_step(report.rows, 2, 1) == report.rows[1]["step_ms"]
 
 
@@ -92,7 +98,8 @@ def test_peft_has_a_row_without_our_step(monkeypatch: pytest.MonkeyPatch) -> Non
     class Model:
         config = type("config", (), {"vocab_size": 50})
 
-        def to(self, *_: object) -> "Model":
+        def to(self, *to: object) -> "Model":
+            assert to == (CPU, torch.float16)
             return self
 
     monkeypatch.setattr(peft, "peft_model", lambda *_: Model())
@@ -101,10 +108,39 @@ def test_peft_has_a_row_without_our_step(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(gpu, "CUDA", CPU)
     failed: list[Row] = [{"part": "steps of 32", "error": "out of memory"}]
     step: Row = {"part": "step", "batch": 32, "adapters": 32, "step_ms": 4.0}
-    assert gpu.peft(failed, None)[0] == {
-        "part": "peft", "batch": 32, "adapters": 32, "step_ms": 12.0, "to_chorus": "",
+    assert gpu.peft(failed, None, torch.float16)[0] == {
+        "part": "peft", "dtype": "float16", "batch": 32, "adapters": 32, "step_ms": 12.0, "to_chorus": "",
     }  # fmt: skip
-    assert gpu.peft([*failed, step], None)[0]["to_chorus"] == 3.0
+    assert gpu.peft([*failed, step], None, torch.float16)[0]["to_chorus"] == 3.0
+
+
+def test_what_needs_a_part_that_failed_does_without_it(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    seen: list[float | None] = []
+    for name in ("check_tests", "check_engine", "products", "sampler", "others", "peft"):
+        monkeypatch.setattr(gpu, name, lambda *_, name=name: [{"part": name}])
+    monkeypatch.setattr(gpu, "BATCHES", (1,))
+    monkeypatch.setattr(gpu, "step_rows", lambda _model, _batch, bandwidth: seen.append(bandwidth) or [{"part": "s"}])
+    monkeypatch.setattr(gpu, "copy_bandwidth", fail)
+    monkeypatch.setattr(gpu, "random_model", lambda *_: model)
+    report = gpu.Report(lambda _: None)
+    gpu.measure(report, None, torch.float32)
+    assert (report.failed, seen) == (["copy"], [None])
+    parts = ["check_tests", "check_engine", "copy", "products", "s", "sampler", "others", "peft"]
+    assert [row["part"] for row in report.rows] == parts
+    monkeypatch.setattr(gpu, "random_model", fail)
+    report = gpu.Report(lambda _: None)
+    gpu.measure(report, None, torch.float32)
+    assert report.failed == ["copy", "model"]
+    assert [row["part"] for row in report.rows][-3:] == ["model", "sampler", "peft"]
+
+
+def test_a_step_has_no_floor_without_a_bandwidth(model: GPT2, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_steps, "device_seconds", lambda work: work() or 1.0)
+    rows = list(gpu_steps.step_rows(model, 1, None))
+    assert [(row["to_floor"], row["dtype"]) for row in rows] == [("", "float32")] * 2
 
 
 def test_the_runner_is_among_the_checks() -> None:

@@ -60,6 +60,13 @@ def on_device(meta: "lora.LoraMeta") -> "lora.LoraMeta":
     return lora.LoraMeta(*(part.to(DEVICE) for part in vars(meta).values()))
 
 
+def group_rows(slots: Sequence[int], weights: Sequence[float] | None = None, tile: int = lora.TILE) -> lora.LoraMeta:
+    """The grouping of rows with these slots and weights (None: all 1), on the host."""
+    buffer = torch.empty(5, len(slots), dtype=torch.int32)
+    lora.write_meta(slots, [1.0] * len(slots) if weights is None else weights, buffer, tile)
+    return lora.LoraMeta.of(buffer)
+
+
 def check(
     slots: list[int], ranks: Sequence[int], k: int, n: int, dtype: torch.dtype, max_rank: int,
     weights: Sequence[float] = (1.0,),
@@ -75,7 +82,7 @@ def check(
     reference.add_lora(expected, x.float(), KEY, mixes)
     wide = torch.full((len(slots), n + 5), 7.0, dtype=dtype, device=DEVICE)  # y is a part of something wider
     wide[:, :n] = y.to(DEVICE)
-    meta = on_device(lora.group_rows(slots, weights))
+    meta = on_device(group_rows(slots, weights))
     lora.add_lora(wide[:, :n], x.to(DEVICE), arena, table, meta, scratch(len(slots), k, max_rank))
     torch.testing.assert_close(wide[:, :n].cpu(), expected.to(dtype), **CLOSE[dtype])
     untouched = [i for i, s in enumerate(slots) if pairs[s] is None]
@@ -144,7 +151,7 @@ def test_what_is_not_finite_stays_with_its_adapter(dtype: torch.dtype) -> None:
     x, y = torch.randn(6, 64).to(dtype), torch.randn(6, 40).to(dtype)
     x[4] = math.inf
     out = y.to(DEVICE)
-    lora.add_lora(out, x.to(DEVICE), arena, table, on_device(lora.group_rows(slots)), scratch(6, 64, 8))
+    lora.add_lora(out, x.to(DEVICE), arena, table, on_device(group_rows(slots)), scratch(6, 64, 8))
     assert out[[0, 4, 5]].isnan().any(-1).all()
     assert out[[1, 2, 3]].isfinite().all()
 
@@ -158,7 +165,7 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
 
     def run(rows: slice) -> torch.Tensor:
         part, out = slots[rows], y[rows].clone()
-        lora.add_lora(out, x[rows], arena, table, on_device(lora.group_rows(part)), scratch(len(part), 300, 20))
+        lora.add_lora(out, x[rows], arena, table, on_device(group_rows(part)), scratch(len(part), 300, 20))
         return out
 
     together = run(slice(0, 24))
@@ -168,9 +175,9 @@ def test_a_row_does_not_depend_on_its_neighbours(dtype: torch.dtype) -> None:
         torch.testing.assert_close(run(rows), together[rows], **close)
 
 
-def test_group_rows() -> None:
+def test_rows_are_grouped_by_slot() -> None:
     """LoraMeta's example."""
-    meta = lora.group_rows([2, 0, 1, 2, 2], [0.5, 0.0, 1.0, -2.0, 3.0], tile=2)
+    meta = group_rows([2, 0, 1, 2, 2], [0.5, 0.0, 1.0, -2.0, 3.0], tile=2)
     assert {name: part.tolist() for name, part in vars(meta).items()} == {
         "order": [1, 2, 0, 3, 4],
         "tile_start": [1, 2, 4, 0, 0],
@@ -184,7 +191,7 @@ def test_group_rows() -> None:
     "slots", [[], [0], [5], [0, 0], [3] * 16, [3] * 17, [1, 2] * 20, [9, 0, 9, 4, 0, 4, 4], list(range(70))]
 )
 def test_every_row_of_an_adapter_is_in_one_tile(slots: list[int]) -> None:
-    meta = lora.group_rows(slots)
+    meta = group_rows(slots)
     order, starts, counts, tile_slots, _ = (part.tolist() for part in vars(meta).values())
     assert sorted(order) == list(range(len(slots)))
     rows: list[int] = []
