@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from adapters.adapter import NAME_PATTERN, AdapterManifest, AdapterRef, AdapterVersion, BaseShape
@@ -35,7 +35,7 @@ class Found:
 
     ref: AdapterRef
     version: AdapterVersion
-    folder: str | None = None  # of what was staged: the signature of the folder of that name before
+    folder: str | None = field(default=None, compare=False)  # of what was staged: of the folder of that name before
 
 
 class AdapterStore:

@@ -6,6 +6,7 @@ import torch
 
 from adapters.adapter import AdapterRef, alone
 from benchmarks.common import advance
+from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.types import Request, SamplingParams
 
@@ -14,10 +15,14 @@ SKIPPED = 2  # full steps that aren't timed: buffers grow, graphs are captured
 
 def prefill_steps(batch: int, prompt: int, step_tokens: int) -> int:
     """Steps until `batch` prompts are computed. Those that are through decode meanwhile, out of the same budget."""
-    left, steps = batch * prompt, 0
-    while left:
-        decoding = (batch * prompt - left) // prompt
-        left -= min(left, step_tokens - decoding)
+    block = EngineConfig(max_batch_size=batch, max_batch_tokens=step_tokens).prompt_block
+    left, steps = [prompt] * batch, 0
+    while any(left):
+        budget = step_tokens - left.count(0)
+        for i, tokens in enumerate(left):
+            chunk = min(tokens, budget)
+            left[i] -= chunk if chunk == tokens else chunk - chunk % block
+            budget -= tokens - left[i]
         steps += 1
     return steps
 
