@@ -7,6 +7,7 @@ from pathlib import Path
 from adapters.adapter import NAME_PATTERN, BaseShape
 from adapters.errors import AdapterRefused, AdapterUnavailable
 from adapters.lora_config import CONFIG_FILE
+from adapters.objects import PROOF_FILES
 from adapters.validation import WEIGHTS_FILE, inspect_adapter
 
 logger = logging.getLogger(__name__)
@@ -63,9 +64,9 @@ class Folders:
         self.tell(f"adapter folder skipped: {name}: {error}")
 
     def signature(self, name: str) -> str:
-        """Changes when either file is replaced or rewritten; empty when neither is there."""
+        """Changes when a file that decides the digest is replaced or rewritten; empty when none is there."""
         found: list[str] = []
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
+        for file in PROOF_FILES:
             try:
                 stat = (self.root / name / file).stat()
             except OSError:

@@ -205,6 +205,20 @@ def test_equal_content_under_two_names_is_one_content(root: Path) -> None:
     assert names(store) == ["edgar", "poe", "twain", "wilde"]
 
 
+def test_a_golden_json_that_was_mended_is_looked_at_again(root: Path) -> None:
+    """It decides the digest as the weights do: a folder isn't the same without it."""
+    store = opened(root)
+    store.all()
+    (root / "poe" / "golden.json").write_text('{"bogus": 1}')
+    assert store.changed(store.registry.entries["poe"]) == "refused"
+    write_adapter(root / "new", tensors(seed=7))
+    (root / "new" / "golden.json").write_text('{"bogus": 1}')
+    with pytest.raises(AdapterRefused, match=r"golden\.json"):
+        store.get("new")
+    (root / "new" / "golden.json").unlink()
+    assert store.get("new").ref.digest == ref_of(root / "new").digest
+
+
 def test_a_folder_that_is_gone_is_still_served(root: Path) -> None:
     store = opened(root)
     first = store.get("poe")
