@@ -17,7 +17,7 @@ from typing import Any, cast
 from adapters.adapter import BaseShape
 from adapters.errors import AdapterError, AdapterRefused
 from adapters.references import parse_composition
-from adapters.registry import Entry, Kind
+from adapters.registry import Entry, Kind, targets_in
 from adapters.store import GRACE_SECONDS, AdapterStore
 
 DEMO_MODEL = Path(__file__).resolve().parents[1] / "models" / "demo"
@@ -89,7 +89,7 @@ def _row(store: AdapterStore, entry: Entry) -> dict[str, Any]:
     common: dict[str, Any] = {"name": entry.name, "kind": entry.kind.value}
     updated = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.updated))
     if entry.kind is Kind.ALIAS or entry.value is None:
-        return common | {"targets": json.loads(entry.value or "[]"), "updated": updated}
+        return common | {"targets": targets_in(entry.value or "[]"), "updated": updated}
     version = store.registry.versions[entry.value]
     common |= {"digest": entry.value, "rank": version.rank, "targets": list(version.targets), "nbytes": version.nbytes}
     return common | {"updated": updated, "folder_changed": store.changed(entry)}

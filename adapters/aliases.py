@@ -1,12 +1,10 @@
 """What an alias leads to: one adapter, or several by weight. Works without torch."""
 
 import hashlib
-import json
 import random
 from collections.abc import Sequence
 
 from adapters.references import Reference, is_tag, parse_reference, parse_weight
-from adapters.registry import Entry
 
 MAX_TARGETS = 16
 
@@ -28,11 +26,6 @@ def check_targets(alias: Reference, wanted: Sequence[tuple[str, float]]) -> list
             raise ValueError(f"{text!r}: an alias can't have its own name as target")
         targets.append((target, float(weight)))
     return targets
-
-
-def targets_of(alias: Entry) -> list[tuple[str, float]]:
-    """References and weights, as they are now."""
-    return [] if alias.value is None else [(reference, weight) for reference, weight in json.loads(alias.value)]
 
 
 def choose(alias: str, targets: Sequence[tuple[str, float]], key: str | None) -> str:

@@ -70,6 +70,11 @@ class Event:
     at: float
 
 
+def targets_in(value: str) -> list[tuple[str, float]]:
+    """References and weights of an alias's value."""
+    return [(reference, weight) for reference, weight in json.loads(value)]
+
+
 class Registry:
     """Names and versions in `path`, mirrored in memory. Safe to use from several threads, and after a fork."""
 
@@ -133,7 +138,7 @@ class Registry:
             if entry.kind is Kind.ADAPTER:
                 kept.update(entry.stack)
             else:
-                kept.update(reference.partition("@")[2] for value in entry.stack for reference, _ in json.loads(value))
+                kept.update(reference.partition("@")[2] for value in entry.stack for reference, _ in targets_in(value))
         return kept
 
     def push(self, name: str, kind: Kind, value: str, *, action: str, origin: str, folder: str | None = None) -> Entry:
@@ -198,8 +203,7 @@ class Registry:
         """The aliases that have an adapter among their targets."""
         found: list[str] = []
         for entry in list(self.entries.values()):
-            leads = entry.kind is Kind.ALIAS and entry.value is not None
-            targets: list[tuple[str, float]] = json.loads(entry.value or "[]") if leads else []
+            targets = targets_in(entry.value or "[]") if entry.kind is Kind.ALIAS else []
             if any(reference.partition("@")[0] == name for reference, _ in targets):
                 found.append(entry.name)
         return sorted(found)

@@ -15,12 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from adapters.adapter import NAME_PATTERN, AdapterManifest, AdapterRef, AdapterVersion, BaseShape
-from adapters.aliases import check_targets, choose, targets_of
+from adapters.aliases import check_targets, choose
 from adapters.errors import AdapterConflict, AdapterNotFound, AdapterRefused, AdapterUnavailable
 from adapters.folders import Folders
 from adapters.objects import Objects
 from adapters.references import DIGEST_PREFIX, Reference, parse_reference
-from adapters.registry import Entry, Kind, Registry
+from adapters.registry import Entry, Kind, Registry, targets_in
 from adapters.validation import inspect_adapter
 from adapters.values import check_values
 
@@ -90,7 +90,7 @@ class AdapterStore:
         entry = self.registry.entries.get(reference)
         if entry is None or entry.kind is not Kind.ALIAS or entry.value is None or asked.name in self._reserved:
             return self._version_of(asked)
-        target = parse_reference(choose(reference, targets_of(entry), key))
+        target = parse_reference(choose(reference, targets_in(entry.value), key))
         if target.at is not None:
             return target.name, target.at  # in full, and kept for the alias
         return self._version_of(target)
@@ -183,7 +183,7 @@ class AdapterStore:
         """Give an adapter or alias (`kind` None: either) its value before. Raises AdapterNotFound, AdapterConflict."""
         entry = self.registry.entries.get(name)
         if entry is not None and entry.kind is Kind.ALIAS and len(entry.stack) > 1:
-            for reference, _ in json.loads(entry.stack[-2]):
+            for reference, _ in targets_in(entry.stack[-2]):
                 if not self.has(target := parse_reference(reference).name):
                     raise AdapterConflict(f"{name!r} led to {target!r} before, which was removed: set the alias anew")
         with self._naming(name):

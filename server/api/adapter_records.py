@@ -7,7 +7,7 @@ from typing import Any
 from adapters.adapter import AdapterManifest
 from adapters.errors import AdapterError
 from adapters.lora_config import CONFIG_FILE
-from adapters.registry import Entry, Kind
+from adapters.registry import Entry, Kind, targets_in
 from server.api.spec import ChorusSpec
 
 REPORT_FILE = "report.json"
@@ -110,7 +110,7 @@ class RecordWriter:
 def _value(kind: Kind, value: str) -> Any:
     if kind is Kind.ADAPTER or not value:
         return value or None
-    return [{"ref": reference, "weight": weight} for reference, weight in json.loads(value)]
+    return [{"ref": reference, "weight": weight} for reference, weight in targets_in(value)]
 
 
 def _json(path: Path) -> Any:
