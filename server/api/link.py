@@ -58,27 +58,32 @@ class EngineLink:
         """Requests that have not ended."""
         return len(self._live)
 
-    async def generate(self, request: Request) -> AsyncGenerator[SequenceOutput]:
-        """Outputs of one request, the last with a finish reason. Closing the iterator early aborts the request.
+    async def generate(self, *requests: Request) -> AsyncGenerator[SequenceOutput]:
+        """Outputs of requests, the last of each with a finish reason. Closing the iterator early aborts the others.
 
         Raises Unavailable or Overloaded before the first output.
         """
         if self.info is None:
             raise Unavailable("the inference worker is starting or restarting")
-        if len(self._live) >= self._limit:
-            raise Overloaded(f"{len(self._live)} requests are in flight, as many as may run and wait")
-        epoch, last = self.info.epoch, None
-        queue = self._live[request.request_id] = asyncio.Queue()
+        if len(self._live) + len(requests) > self._limit:
+            more = f", {len(requests)} more would be too many" if len(requests) > 1 else ", as many as may run and wait"
+            raise Overloaded(f"{len(self._live)} requests are in flight{more}")
+        epoch, queue = self.info.epoch, asyncio.Queue[SequenceOutput]()
+        left = {request.request_id for request in requests}
+        self._live |= dict.fromkeys(left, queue)
         try:
-            self._send(Submit(epoch, request))
-            while last is None or last.finish_reason is None:
-                last = await queue.get()
-                yield last
+            self._send(Submit(epoch, requests))
+            while left:
+                output = await queue.get()
+                if output.finish_reason is not None:
+                    left.discard(output.request_id)
+                    self._live.pop(output.request_id, None)
+                yield output
         finally:
-            del self._live[request.request_id]
-            left = last is None or last.finish_reason is None
-            if left and self._epoch == epoch:
-                self._send(Abort(epoch, request.request_id))
+            for request_id in left:
+                del self._live[request_id]
+                if self._epoch == epoch:
+                    self._send(Abort(epoch, request_id))
 
     def forget(self, digest: str) -> None:
         """Tell the worker, if there is one, that an adapter version is gone, or is to be read and proved afresh."""

@@ -94,11 +94,12 @@ class EngineLoop(LitLoop):
             match message:
                 case Ping():
                     ponged = True
-                case Submit(epoch, request) if epoch == info.epoch:
-                    try:
-                        engine.add_request(request)
-                    except ValueError as error:
-                        outputs.append(_refusal(request.request_id, str(error)))
+                case Submit(epoch, requests) if epoch == info.epoch:
+                    for request in requests:
+                        try:
+                            engine.add_request(request)
+                        except ValueError as error:
+                            outputs.append(_refusal(request.request_id, str(error)))
                 case Abort(epoch, request_id) if epoch == info.epoch:
                     engine.abort(request_id)
                     told = True

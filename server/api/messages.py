@@ -15,10 +15,10 @@ class Ping:
 
 @dataclass(frozen=True)
 class Submit:
-    """A request for the worker of this epoch; another one drops it, since the edge has failed it already."""
+    """Requests for the worker of this epoch; another one drops them, since the edge has failed them already."""
 
     epoch: str
-    request: Request
+    requests: tuple[Request, ...]
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, TypeVar
 
 from fastapi import Request as HttpRequest
@@ -51,23 +52,34 @@ class Served:
 
 @dataclass(frozen=True)
 class Generation:
-    """One validated request, ready to submit."""
+    """One validated request of a client, ready to submit: a sequence for each text that it asks for."""
 
-    request: Request
+    requests: tuple[Request, ...]  # `copies` of each prompt, side by side; all with the same adapters
+    copies: int
     client_id: str  # x-request-id
 
     @property
+    def adapters(self) -> tuple[WeightedAdapter, ...]:
+        """What it uses; none is the base."""
+        return self.requests[0].adapters
+
+    @property
     def names(self) -> list[str]:
-        """The adapters it uses; none is the base."""
-        return [each.ref.name for each in self.request.adapters]
+        """Of its adapters."""
+        return [each.ref.name for each in self.adapters]
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of its prompts, each counted once."""
+        return sum(len(request.prompt_token_ids) for request in self.requests[:: self.copies])
 
     @property
     def headers(self) -> dict[str, str]:
         """Response headers known before the first token."""
-        headers = {"x-request-id": self.client_id, "x-prompt-tokens": str(len(self.request.prompt_token_ids))}
+        headers = {"x-request-id": self.client_id, "x-prompt-tokens": str(self.prompt_tokens)}
         if self.names:
             headers["x-adapter-id"] = ",".join(self.names)
-            headers["x-adapter-digest"] = ",".join(each.ref.digest for each in self.request.adapters)
+            headers["x-adapter-digest"] = ",".join(each.ref.digest for each in self.adapters)
         return headers
 
 
@@ -116,6 +128,11 @@ class ChorusSpec(LitSpec):
             raise ApiError.unavailable("the server is starting")
         return self.link
 
+    @cached_property
+    def _bytes_a_token(self) -> int:
+        """The most that one token stands for, special ones by their names."""
+        return max(map(len, [*self.state.vocabulary, *(s.encode() for s in self.state.tokenizer.special.values())]))
+
     async def adapters(
         self, wanted: str | Sequence[tuple[str, float]] | None, field: str, http: HttpRequest
     ) -> tuple[WeightedAdapter, ...]:
@@ -157,56 +174,81 @@ class ChorusSpec(LitSpec):
             return ApiError.unavailable(str(error))
         return None
 
+    def encode(self, text: str, field: str) -> list[int]:
+        """The token ids of a prompt. Raises ApiError for one that can't fit, without tokenising it."""
+        longest, size = self.state.max_model_len, len(text.encode())
+        if size > longest * self._bytes_a_token:
+            raise ApiError.invalid(
+                field, f"has {size:,} bytes, which are more tokens than the model's {longest} positions hold"
+            )
+        return self.state.tokenizer.encode(text)
+
     def prepare(
         self,
         http: HttpRequest,
-        prompt: str,
+        prompts: Sequence[Sequence[int]],
         prompt_field: str,
         adapters: tuple[WeightedAdapter, ...],
         params: Callable[[int], SamplingParams],
         *,
         stream: bool,
+        copies: int = 1,
     ) -> Generation:
-        """Tokenise and check lengths; `params` gets the positions left. Raises ApiError with both lengths."""
-        ids = self.state.tokenizer.encode(prompt)
-        room = self.state.max_model_len - len(ids)
-        if room < 1:
-            raise ApiError.invalid(
-                prompt_field,
-                f"has {len(ids)} tokens; the model has {self.state.max_model_len} positions for prompt and output",
-            )
-        request = Request(uuid.uuid4().hex, tuple(ids), params(room), adapters, time.monotonic(), stream)
-        return Generation(request, request_id_of(http, request.request_id))
+        """`copies` sequences of every prompt, each with a seed of its own; `params` gets the positions left.
 
-    async def outputs(self, generation: Generation) -> AsyncGenerator[SequenceOutput]:
-        """The request's outputs; a failed one raises ApiError. Closing it early aborts the request."""
-        metrics, request = self.state.metrics, generation.request
-        last, generated, reason = None, 0, FinishReason.ABORT.value
+        Raises ApiError with both lengths.
+        """
+        requests: list[Request] = []
+        for ids in prompts:
+            room = self.state.max_model_len - len(ids)
+            if room < 1:
+                raise ApiError.invalid(
+                    prompt_field,
+                    f"has {len(ids)} tokens; the model has {self.state.max_model_len} positions for prompt and output",
+                )
+            wanted, now = params(room), time.monotonic()
+            for copy in range(copies):
+                own = replace(wanted, seed=(wanted.seed + copy) % 2**64) if copy else wanted
+                requests.append(Request(uuid.uuid4().hex, tuple(ids), own, adapters, now, stream))
+        return Generation(tuple(requests), copies, request_id_of(http, requests[0].request_id))
+
+    async def outputs(self, generation: Generation) -> AsyncGenerator[tuple[int, SequenceOutput]]:
+        """Which of the generation's requests, and what it has put out; a failed one raises ApiError.
+
+        Closing it early aborts those that have not ended.
+        """
+        metrics, requests = self.state.metrics, generation.requests
+        at = {request.request_id: i for i, request in enumerate(requests)}
+        generated = [0] * len(requests)
+        left = set(range(len(requests)))  # those that metrics are to be told of
         try:
             with self.in_flight.hold(generation.names):
-                async with aclosing(self.engine.generate(request)) as outputs:
-                    async for last in outputs:
-                        generated += len(last.token_ids)
-                        if last.finish_reason is not None:
-                            reason = last.finish_reason.value
-                        if last.finish_reason is FinishReason.ERROR:
-                            raise ApiError.of_output(last)
-                        yield last
+                async with aclosing(self.engine.generate(*requests)) as outputs:
+                    async for output in outputs:
+                        i = at[output.request_id]
+                        generated[i] += len(output.token_ids)
+                        if output.finish_reason is not None:
+                            left.discard(i)
+                            self._observe(requests[i], generated[i], output.finish_reason, output)
+                        if output.finish_reason is FinishReason.ERROR:
+                            raise ApiError.of_output(output)
+                        yield i, output
         except Overloaded as error:
-            reason = ""
+            left.clear()
             metrics.rejected.labels(self.state.model_name, "overloaded").inc()
             raise ApiError.overloaded(str(error)) from None
         except Unavailable as error:
-            reason = ""
+            left.clear()
             metrics.rejected.labels(self.state.model_name, "unavailable").inc()
             raise ApiError.unavailable(str(error)) from None
         finally:
-            if reason:
-                seconds = time.monotonic() - request.arrival_time
-                prompt = len(request.prompt_token_ids)
-                metrics.observe_request(
-                    [each.ref for each in request.adapters], prompt, generated, reason, seconds, last
-                )
+            for i in left:
+                self._observe(requests[i], generated[i], FinishReason.ABORT, None)
+
+    def _observe(self, request: Request, generated: int, reason: FinishReason, last: SequenceOutput | None) -> None:
+        refs = [each.ref for each in request.adapters]
+        seconds, prompt = time.monotonic() - request.arrival_time, len(request.prompt_token_ids)
+        self.state.metrics.observe_request(refs, prompt, generated, reason.value, seconds, last)
 
     async def race(self, http: HttpRequest, work: Awaitable[T]) -> T:
         """Await `work`, but cancel it as soon as the client hangs up (then raises 499, which nobody reads)."""

@@ -46,7 +46,7 @@ class TgiRoutes:
         generation = await self._prepare(body, parameters, http, stream=True)
         outputs = self._spec.outputs(generation)
         try:
-            first = await self._spec.race(http, anext(outputs))  # an error before the first token keeps its status
+            _, first = await self._spec.race(http, anext(outputs))  # an error before the first token keeps its status
         except BaseException:
             await outputs.aclose()
             raise
@@ -86,7 +86,8 @@ class TgiRoutes:
         def params(room: int) -> SamplingParams:
             return sampling_params(parameters, room, self._spec.state.max_model_len, logprobs=logprobs)
 
-        return self._spec.prepare(http, body.inputs, "inputs", adapters, params, stream=stream)
+        prompt = self._spec.encode(body.inputs, "inputs")
+        return self._spec.prepare(http, [prompt], "inputs", adapters, params, stream=stream)
 
     async def _collect(
         self, body: GenerateRequest, parameters: GenerateParameters, generation: Generation
@@ -95,7 +96,7 @@ class TgiRoutes:
         pieces: list[TokenPiece] = []
         last = None
         async with aclosing(self._spec.outputs(generation)) as outputs:
-            async for last in outputs:
+            async for _, last in outputs:
                 pieces += text.push(last)
         if last is None:
             raise ApiError(424, "generation", "the engine ended the request without a word")
@@ -115,7 +116,7 @@ class TgiRoutes:
         parameters: GenerateParameters,
         generation: Generation,
         first: SequenceOutput,
-        outputs: AsyncGenerator[SequenceOutput],
+        outputs: AsyncGenerator[tuple[int, SequenceOutput]],
     ) -> AsyncGenerator[str]:
         text = self._assembler(generation)
         last: SequenceOutput | None = first
@@ -130,7 +131,8 @@ class TgiRoutes:
                         if parameters.details:
                             event["details"] = _details(generation, last, text.count)
                     yield _event(event)
-                last = await anext(outputs, None)
+                more = await anext(outputs, None)
+                last = more and more[1]
         except ApiError as error:
             yield _event(error.body("/generate_stream"))
         except Exception:
@@ -141,7 +143,7 @@ class TgiRoutes:
 
     def _assembler(self, generation: Generation) -> TextAssembler:
         state = self._spec.state
-        return TextAssembler(state.vocabulary, state.tokenizer.special, generation.request.sampling_params.stop)
+        return TextAssembler(state.vocabulary, state.tokenizer.special, generation.requests[0].sampling_params.stop)
 
 
 def sampling_params(parameters: GenerateParameters, room: int, max_model_len: int, *, logprobs: bool) -> SamplingParams:
@@ -183,7 +185,7 @@ def _token(piece: TokenPiece) -> dict[str, Any]:
 
 
 def _details(generation: Generation, last: SequenceOutput, count: int) -> dict[str, Any]:
-    params, prompt = generation.request.sampling_params, len(generation.request.prompt_token_ids)
+    params, prompt = generation.requests[0].sampling_params, generation.prompt_tokens
     return {
         "finish_reason": _REASONS.get(last.finish_reason or FinishReason.ERROR, "error"),
         "generated_tokens": count,
@@ -196,7 +198,7 @@ def _details(generation: Generation, last: SequenceOutput, count: int) -> dict[s
 
 def _timings(generation: Generation, last: SequenceOutput, count: int) -> dict[str, str]:
     """Response headers in milliseconds, as TGI counts them."""
-    total = time.monotonic() - generation.request.arrival_time
+    total = time.monotonic() - generation.requests[0].arrival_time
     seconds = {
         "x-total-time": total,
         "x-queue-time": last.queue_time,

@@ -37,11 +37,18 @@ class SamplingParams:
     temperature: float = 0.0  # 0 is greedy
     top_k: int = 0  # 0 is off
     top_p: float = 1.0  # 1 is off
+    typical_p: float = 1.0  # 1 is off; after top_k and top_p, as in transformers
     repetition_penalty: float = 1.0  # over prompt and output, as in transformers
+    frequency_penalty: float = 0.0  # off a token's score for every time that the output has it
+    presence_penalty: float = 0.0  # off a token's score if the output has it
+    logit_bias: tuple[tuple[int, float], ...] = ()  # token id, what is added to its score
+    min_tokens: int = 0  # before so many neither EOS nor a stop string ends the output
     seed: int = 0  # of this request's own random stream
     stop: tuple[bytes, ...] = ()  # UTF-8
     ignore_eos: bool = False
     logprobs: bool = False  # log-softmax of the raw logits, per token
+    top_logprobs: int = 0  # of so many best tokens too, at every position that `logprobs` or `prompt_logprobs` tell of
+    prompt_logprobs: bool = False  # of the prompt's tokens from the second on
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,10 @@ class Request:
     adapters: tuple[WeightedAdapter, ...] = ()  # in any order, each digest once; none is the base
     arrival_time: float = 0.0  # time.monotonic() at the edge
     stream: bool = False  # an output per token, or one at the end
+
+
+TopTokens = tuple[tuple[int, float], ...]
+"""The best tokens at one position and their logprobs, best first, equals by id."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +80,9 @@ class SequenceOutput:
     error_kind: ErrorKind | None = None
     queue_time: float = 0.0  # seconds from arrival to the first step; set on the last output
     time_to_first_token: float = 0.0  # seconds from arrival; set on the last output
+    top_logprobs: tuple[TopTokens, ...] = ()  # beside `logprobs`
+    prompt_logprobs: tuple[float, ...] = ()  # of the prompt's tokens from the second on; on the first output
+    prompt_top_logprobs: tuple[TopTokens, ...] = ()  # beside `prompt_logprobs`
 
 
 AdapterChange = tuple[str, str, str | None]

@@ -101,9 +101,9 @@ def test_a_stream_that_hits_a_defect_ends_in_an_error_event_and_holds_no_nan(
 ) -> None:
     routes = TgiRoutes(cast("Any", None))
     monkeypatch.setattr(routes, "_assembler", lambda _: _NanText())
-    generation = Generation(Request("r", (1,), SamplingParams(max_tokens=2), (), 0.0, True), "mine-2")
+    generation = Generation((Request("r", (1,), SamplingParams(max_tokens=2), (), 0.0, True),), 1, "mine-2")
 
-    async def nothing() -> AsyncGenerator[SequenceOutput]:
+    async def nothing() -> AsyncGenerator[tuple[int, SequenceOutput]]:
         return
         yield
 
