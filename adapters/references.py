@@ -1,7 +1,10 @@
 """How requests name adapters: `name`, `name@tag`, `name@digest-prefix`, and mixtures of them. Works without torch."""
 
+import difflib
+import heapq
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from adapters.adapter import NAME_PATTERN
@@ -9,6 +12,7 @@ from adapters.adapter import NAME_PATTERN
 TAG_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 DIGEST_PREFIX = re.compile(r"[0-9a-f]{6,64}")
 MAX_WEIGHT = 100.0
+_COMPARED = 200  # comparing in full ten thousand names takes 0.15 s
 
 
 @dataclass(frozen=True)
@@ -57,3 +61,16 @@ def parse_weight(value: str | float, where: str) -> float:
 def is_tag(text: str) -> bool:
     """Whether `text` may be an alias's tag: no digest could begin like it."""
     return TAG_PATTERN.fullmatch(text) is not None and DIGEST_PREFIX.fullmatch(text) is None
+
+
+def nearest(asked: str, names: Sequence[str]) -> list[str]:
+    """The three names most like `asked`, case aside; any three if none is."""
+    letters = _pairs(asked.casefold())
+    likely = heapq.nlargest(_COMPARED, names, key=lambda name: len(letters & _pairs(name.casefold())))
+    folded = [name.casefold() for name in likely]
+    close = difflib.get_close_matches(asked.casefold(), folded, n=3, cutoff=0.4)
+    return [name for c in close for name, f in zip(likely, folded, strict=True) if f == c][:3] or list(names[:3])
+
+
+def _pairs(text: str) -> set[str]:
+    return {text[i : i + 2] for i in range(len(text))}

@@ -4,12 +4,11 @@ A folder in `--adapters-dir` is taken into the store when it is first named or l
 content, whatever becomes of the folder, until it is published again. Works without torch.
 """
 
-import difflib
 import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from adapters.aliases import check_targets, choose
 from adapters.errors import AdapterConflict, AdapterNotFound, AdapterRefused, AdapterUnavailable
 from adapters.folders import Folders
 from adapters.objects import Objects
-from adapters.references import DIGEST_PREFIX, Reference, parse_reference
+from adapters.references import DIGEST_PREFIX, Reference, nearest, parse_reference
 from adapters.registry import Entry, Kind, Registry, targets_in
 from adapters.validation import inspect_adapter
 from adapters.values import check_values
@@ -301,7 +300,4 @@ class AdapterStore:
         return target.name if target.at is None else f"{target.name}@{found.ref.digest}"
 
     def _nearest(self, name: str) -> list[str]:
-        known = [entry.name for entry in self.entries()]
-        folded: Callable[[str], str] = str.casefold
-        close = difflib.get_close_matches(name.casefold(), map(folded, known), n=3, cutoff=0.4)
-        return [k for c in close for k in known if k.casefold() == c][:3] or known[:3]
+        return nearest(name, [entry.name for entry in self.entries()])

@@ -33,7 +33,7 @@ def load_adapter(ref: AdapterRef, shape: BaseShape, dtype: torch.dtype) -> Adapt
             f"(sha256 {ref.digest[:12]} then, {manifest.ref.digest[:12]} now): publish it again"
         )
     adapter = Adapter(ref.digest, {}, read_golden(Path(ref.path)))
-    changes = False
+    changes = trained = False
     try:
         with open_regular(Path(ref.path) / WEIGHTS_FILE, MAX_WEIGHTS_BYTES) as file:
             status = os.fstat(file.fileno())
@@ -51,12 +51,14 @@ def load_adapter(ref: AdapterRef, shape: BaseShape, dtype: torch.dtype) -> Adapt
                             f"tensor {name!r} holds values that are not finite, or too large for {dtype} "
                             f"(scaling {module.scaling:g})"
                         )
-                changes = changes or _has_effect(a, b)
+                changes = changes or _has_effect(*cast.values())
+                trained = trained or changes or _has_effect(a, b)
                 adapter.pairs[module.key] = LoraPair(*cast.values())
     except FileNotFoundError as error:
         raise AdapterUnavailable(f"{WEIGHTS_FILE} of {ref.name!r} is gone") from error
     if not changes:
-        raise AdapterRefused(f"adapter {ref.name!r} has no effect: B A is zero in every module (was it trained?)")
+        why = f"its values are too small for {dtype}; serve with another --dtype" if trained else "was it trained?"
+        raise AdapterRefused(f"adapter {ref.name!r} has no effect: B A is zero in every module ({why})")
     return adapter
 
 
@@ -73,4 +75,4 @@ def _has_effect(a: torch.Tensor, b: torch.Tensor) -> bool:
     the product.
     """
     vector = torch.randn(a.shape[1], generator=torch.Generator().manual_seed(0))
-    return bool((b.T @ (a @ vector)).any())
+    return bool((b.float().T @ (a.float() @ vector)).any())

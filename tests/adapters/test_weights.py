@@ -117,3 +117,11 @@ def test_what_is_gone_from_disk_may_come_back(tmp_path: Path) -> None:
         load_adapter(ref, SHAPE, torch.float32)
     write_adapter(tmp_path)
     assert load_adapter(ref, SHAPE, torch.float32).digest == ref.digest
+
+
+def test_values_that_vanish_in_the_type_it_is_served_in_are_no_effect(tmp_path: Path) -> None:
+    small = {name: value * (1e-9 if "lora_B" in name else 1) for name, value in tensors().items()}
+    folder = write_adapter(tmp_path, small)
+    assert load(folder).pairs
+    with pytest.raises(AdapterRefused, match=r"too small for torch\.float16; serve with another --dtype"):
+        load(folder, torch.float16)
