@@ -117,10 +117,13 @@ class AdapterStore:
         return sorted(present, key=lambda entry: entry.name)
 
     def refusals(self) -> dict[str, str]:
-        """Folders that can't be taken in: name and reason."""
+        """Folders that are not served: name and reason."""
         if self._folders is None:
             return {}
-        return {name: str(error) for name, (_, error) in sorted(self._folders.refused.items())}
+        told = {name: str(error) for name, (_, error) in self._folders.refused.items()}
+        removed = [e.name for e in list(self.registry.entries.values()) if e.value is None]
+        told |= {name: _removed(name) for name in removed if self._folders.find(name) is not None}
+        return dict(sorted(told.items()))
 
     def changed(self, entry: Entry) -> str | None:
         """What lies in an adapter's folder if that is not what its name means: a digest, or "refused"."""
@@ -224,7 +227,7 @@ class AdapterStore:
 
     def _take_in(self, folders: Folders, name: str) -> Found:
         if name in self.registry.entries:
-            raise AdapterNotFound(name, hint=f"it was removed; publish {name} from its folder to serve it again")
+            raise AdapterNotFound(name, hint=_removed(name))
         if (refusal := folders.known_refusal(name)) is not None:
             raise refusal
         signature = folders.signature(name)
@@ -301,3 +304,7 @@ class AdapterStore:
 
     def _nearest(self, name: str) -> list[str]:
         return nearest(name, [entry.name for entry in self.entries()])
+
+
+def _removed(name: str) -> str:
+    return f"it was removed; publish {name} from its folder to serve it again"

@@ -236,10 +236,12 @@ def test_a_removed_name_is_not_revived_by_its_old_folder(root: Path) -> None:
         assert again.known("poe") is None
         with pytest.raises(AdapterNotFound, match="it was removed; publish poe from its folder to serve it again"):
             again.get("poe")
+        assert again.refusals() == {"poe": "it was removed; publish poe from its folder to serve it again"}
     with pytest.raises(AdapterNotFound, match="'pow' does not exist; the nearest are"):
         store.remove("pow", "test")
     store.publish(store.stage("poe", root / "poe"), "test")
     assert names(store) == ["poe", "twain", "wilde"]
+    assert store.refusals() == {}
 
 
 def test_a_removed_name_without_a_folder_is_free_for_a_new_one(root: Path) -> None:
