@@ -14,6 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+from dotenv import dotenv_values
+
 from adapters.adapter import BaseShape
 from adapters.errors import AdapterError, AdapterRefused
 from adapters.references import parse_composition
@@ -55,6 +57,11 @@ def _show(store: AdapterStore, args: argparse.Namespace) -> dict[str, Any]:
     return row | {"history": [asdict(event) for event in store.registry.history(entry.name)]}
 
 
+def _variable(name: str) -> str | None:
+    """From the environment, else from `.env`, as the server reads it."""
+    return os.environ.get(name) or dotenv_values(".env", interpolate=False).get(name)
+
+
 def _validate(store: AdapterStore, args: argparse.Namespace) -> dict[str, Any]:
     manifest = store.inspect(args.folder)
     return {
@@ -65,6 +72,8 @@ def _validate(store: AdapterStore, args: argparse.Namespace) -> dict[str, Any]:
 
 def _publish(store: AdapterStore, args: argparse.Namespace) -> dict[str, Any]:
     name = args.name or args.folder.resolve().name
+    if not args.folder.is_dir():
+        raise ValueError(f"{str(args.folder)!r} is no folder; expected a PEFT adapter folder")
     return _row(store, store.publish(store.stage(name, args.folder), ORIGIN))
 
 
@@ -130,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m adapters", description=__doc__)
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument(
-        "--store-dir", type=Path, default=Path(os.environ.get("CHORUS_STORE_DIR", "var/store")), help="%(default)s"
+        "--store-dir", type=Path, default=Path(_variable("CHORUS_STORE_DIR") or "var/store"), help="%(default)s"
     )
     shared.add_argument(
         "--model", type=Path, default=DEMO_MODEL, help="directory of the base that adapters have to fit; the demo base"

@@ -4,7 +4,9 @@ import hashlib
 import random
 from collections.abc import Sequence
 
+from adapters.errors import AdapterConflict
 from adapters.references import Reference, is_tag, parse_reference, parse_weight
+from adapters.registry import Kind, Registry, targets_in
 
 MAX_TARGETS = 16
 
@@ -26,6 +28,18 @@ def check_targets(alias: Reference, wanted: Sequence[tuple[str, float]]) -> list
             raise ValueError(f"{text!r}: an alias can't have its own name as target")
         targets.append((target, float(weight)))
     return targets
+
+
+def check_leads(value: str, registry: Registry) -> None:
+    """Raises AdapterConflict for an alias's value one of whose targets is no adapter any more."""
+    for text, _ in targets_in(value):
+        target = parse_reference(text)
+        entry = registry.entries.get(target.name)
+        if entry is None or entry.value is None or entry.kind is not Kind.ADAPTER:
+            what = "was removed" if entry is None or entry.value is None else "is an alias now"
+            raise AdapterConflict(f"{target.name!r} {what}, so {text!r} can't be a target: set the alias anew")
+        if target.at is not None and target.at not in registry.versions:
+            raise AdapterConflict(f"that version was deleted, so {text!r} can't be a target: set the alias anew")
 
 
 def choose(alias: str, targets: Sequence[tuple[str, float]], key: str | None) -> str:

@@ -4,6 +4,7 @@ AdapterError
 ├── AdapterNotFound      no adapter of that name
 ├── AdapterRefused       its content can't be served: says what and why; the same bytes are refused again
 ├── AdapterConflict      the change can't be made as things stand: says what stands in its way
+│   └── AdapterExists    the name should be new, and isn't
 └── AdapterUnavailable   it could not be read this time: trying again may help
 """
 
@@ -31,6 +32,10 @@ class AdapterRefused(AdapterError):
 
 class AdapterConflict(AdapterError):
     """A change that what is registered or running rules out; the message says how to make room for it."""
+
+
+class AdapterExists(AdapterConflict):
+    """A name that should be new stands for something."""
 
 
 class AdapterUnavailable(AdapterError):

@@ -10,7 +10,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -82,19 +82,33 @@ class Objects:
         return manifest
 
     def unused(self, grace_seconds: float) -> list[str]:
-        """The digests whose content was not put for so long; whether a name means them is not known here."""
+        """The digests whose content was neither put nor touched for so long; what names mean is not known here."""
         oldest = time.time() - grace_seconds
-        return [folder.name for folder in self._objects.glob("??/*") if folder.stat().st_mtime < oldest]
+        found: list[str] = []
+        for folder in self._objects.glob("??/*"):
+            with suppress(FileNotFoundError):  # another process has just deleted it
+                if folder.stat().st_mtime < oldest:
+                    found.append(folder.name)
+        return found
 
-    def delete(self, digests: Sequence[str], grace_seconds: float) -> None:
-        """Delete versions, and what was left in staging, if older."""
+    def touch(self, digests: Iterable[str]) -> None:
+        """They are young again for `unused`."""
+        for digest in digests:
+            with suppress(FileNotFoundError):
+                os.utime(self.path(digest))
+
+    def delete(self, digests: Sequence[str]) -> None:
+        """Delete versions, each at once, whoever reads it."""
         for digest in digests:
             with self.staging() as bin_, suppress(FileNotFoundError):
-                self.path(digest).rename(bin_ / digest)  # at once, whoever reads it
+                self.path(digest).rename(bin_ / digest)
+
+    def clear_staging(self, grace_seconds: float) -> None:
+        """Delete what was left in staging, if it is older."""
         oldest = time.time() - grace_seconds
         for folder in self._staging.iterdir():
             with suppress(FileNotFoundError):  # its owner has just finished
-                if folder.stat().st_mtime < oldest:
+                if max(path.stat().st_mtime for path in (folder, *folder.rglob("*"))) < oldest:
                     shutil.rmtree(folder, ignore_errors=True)
 
     def check(self) -> None:
@@ -106,17 +120,21 @@ class Objects:
         """Nobody ever sees the version without its files: whole folders come by one rename, single files by another."""
         _sync(staged)
         target = self.path(digest)
-        target.parent.mkdir(exist_ok=True)
+        if not target.parent.is_dir():
+            target.parent.mkdir(exist_ok=True)
+            _sync(self._objects)
         try:
             staged.rename(target)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                 raise
-            kept = () if self._intact(target, digest, shape) else PROOF_FILES  # mends what was damaged
-            for file in (*SIDECARS, *kept):
+            mends = () if self._intact(target, digest, shape) else PROOF_FILES
+            for file in (*SIDECARS, *mends):
                 if (staged / file).is_file():
                     (staged / file).replace(target / file)
-            os.utime(target)  # young again for `unused`
+                elif file in mends:
+                    (target / file).unlink(missing_ok=True)
+            self.touch([digest])
         _sync(target.parent)
 
     def _intact(self, target: Path, digest: str, shape: BaseShape) -> bool:

@@ -9,7 +9,7 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -36,11 +36,18 @@ create index if not exists history_by_name on history(name);
 """
 
 
+Check = Callable[[str], None]
+"""Raises an AdapterError for a value that a name can't have; called when nobody else can change anything."""
+
+
 class Kind(Enum):
     """What a name stands for."""
 
     ADAPTER = "adapter"  # its values are digests
     ALIAS = "alias"  # its values are targets: [[reference, weight], ...] as JSON
+
+
+_PATHS = {Kind.ADAPTER: "adapters", Kind.ALIAS: "aliases"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +57,7 @@ class Entry:
     name: str
     kind: Kind
     stack: tuple[str, ...]  # values, the current one last; a rollback drops it
-    folder: str | None  # signature of the folder it was taken from, or that lay there when it was removed
+    folder: str | None  # signature of the folder its value is from; "": from elsewhere; None: removed, and no folder
     created: float
     updated: float
 
@@ -58,6 +65,14 @@ class Entry:
     def value(self) -> str | None:
         """The current value; None: removed."""
         return self.stack[-1] if self.stack else None
+
+    @property
+    def digests(self) -> set[str]:
+        """The versions that it means or could be rolled back to, or that it is or was fixed on."""
+        if self.kind is Kind.ADAPTER:
+            return set(self.stack)
+        fixed = (reference.partition("@")[2] for value in self.stack for reference, _ in targets_in(value))
+        return {digest for digest in fixed if digest}
 
 
 @dataclass(frozen=True)
@@ -101,7 +116,7 @@ class Registry:
             with self._connection() as db:
                 data = db.execute("pragma data_version").fetchone()[0]
                 if data != self._seen_data:
-                    self._take_in(db)
+                    self._look(db)
                     self._seen_data = data
         finally:
             self._lock.release()
@@ -122,34 +137,37 @@ class Registry:
             facts = json.dumps(version.facts())
             db.execute("insert or ignore into versions(digest, facts) values (?, ?)", (version.digest, facts))
 
-    def drop_versions(self, digests: list[str]) -> list[str]:
-        """Forget those of `digests` that no name means or could be rolled back to, and no alias is fixed on; which."""
+    def drop_versions(self, unused: Callable[[], list[str]], delete: Callable[[list[str]], None]) -> list[str]:
+        """Forget those of `unused()` that no name means or could be rolled back to, and no alias is fixed on; which.
+
+        Their content goes by `delete` in the same transaction, so that nobody names it in between.
+        """
         with self._change() as db:
-            gone = sorted(set(digests) - self.named())
+            gone = sorted(set(unused()) - self.named())
+            delete(gone)
             db.executemany("delete from versions where digest = ?", [(digest,) for digest in gone])
-        for digest in gone:
-            self.versions.pop(digest, None)
+            for digest in gone:
+                self.versions.pop(digest, None)
         return gone
 
     def named(self) -> set[str]:
         """Every version that a name means or could be rolled back to, or that an alias is or was fixed on."""
-        kept: set[str] = set()
-        for entry in list(self.entries.values()):
-            if entry.kind is Kind.ADAPTER:
-                kept.update(entry.stack)
-            else:
-                kept.update(reference.partition("@")[2] for value in entry.stack for reference, _ in targets_in(value))
-        return kept
+        return {digest for entry in list(self.entries.values()) for digest in entry.digests}
 
-    def push(self, name: str, kind: Kind, value: str, *, action: str, origin: str, folder: str | None = None) -> Entry:
-        """Give a name a new value. One that it has already changes nothing but `folder`, where it is given.
+    def push(
+        self, name: str, kind: Kind, value: str, check: Check | None = None, *, action: str, origin: str,
+        folder: str = "",
+    ) -> Entry:  # fmt: skip
+        """Give a name a new value that passes `check`. One that it has already changes nothing but `folder`.
 
-        Raises AdapterConflict when the name stands for something of another kind, AdapterUnavailable when a version's
-        content was deleted meanwhile.
+        Raises AdapterConflict when the name stands for something of another kind, AdapterUnavailable when a version
+        was forgotten meanwhile.
         """
         with self._change() as db:
             if kind is Kind.ADAPTER and not db.execute("select 1 from versions where digest = ?", (value,)).fetchone():
                 raise AdapterUnavailable(f"version {value[:12]} was deleted before {name!r} could mean it: try again")
+            if check is not None:
+                check(value)
             old = self.entries.get(name)
             if old is not None and old.value is not None and old.kind is not kind:
                 raise AdapterConflict(f"{name!r} is an {old.kind.value}: remove it, or choose another name")
@@ -157,22 +175,25 @@ class Registry:
             if stack[-1:] != (value,):
                 stack = (*stack, value)[-MAX_STACK:]
                 self._log(db, name, action, value, origin)
-            keep = old.folder if old is not None and folder is None else folder
-            self._put(db, name, kind, stack, keep, None if old is None else old.created)
-        return self.entries[name]
+            return self._put(db, name, kind, stack, folder, None if old is None else old.created)
 
-    def rollback(self, name: str, origin: str, kind: Kind | None = None) -> Entry:
-        """Give a name its value before the current one. Raises AdapterNotFound, AdapterConflict where there is none."""
+    def rollback(self, name: str, origin: str, check: Check, kind: Kind | None = None) -> Entry:
+        """Give a name its value before the current one, if that passes `check` still.
+
+        Raises AdapterNotFound, AdapterConflict where there is none.
+        """
         with self._change() as db:
             old = self._known(name, kind)
             if len(old.stack) < 2:
                 raise AdapterConflict(f"{name!r} has no earlier value to roll back to")
+            if old.kind is Kind.ALIAS:
+                check(old.stack[-2])
             self._log(db, name, "rollback", old.stack[-2], origin)
-            self._put(db, name, old.kind, old.stack[:-1], old.folder, old.created)
-        return self.entries[name]
+            return self._put(db, name, old.kind, old.stack[:-1], "", old.created)
 
     def remove(self, name: str, origin: str, folder: str | None, kind: Kind | None = None) -> Entry:
-        """Take a name away; what it was. `folder`: the signature of what lies under it in the adapters' folder.
+        """Take a name away; what it was. `folder`: the signature of what lies under it in the adapters' folder, ""
+        where that isn't known: the name then stays taken until it is published again.
 
         Raises AdapterNotFound, AdapterConflict when an alias leads to it.
         """
@@ -214,18 +235,20 @@ class Registry:
         if entry is None or entry.value is None:
             raise AdapterNotFound(name)
         if kind not in (None, entry.kind):
-            raise AdapterNotFound(name, hint=f"it is an {entry.kind.value}")
+            raise AdapterNotFound(name, hint=f"it is an {entry.kind.value}: see /v1/{_PATHS[entry.kind]}/{name}")
         return entry
 
     def _put(
         self, db: sqlite3.Connection, name: str, kind: Kind, stack: tuple[str, ...], folder: str | None,
         created: float | None,
-    ) -> None:  # fmt: skip
+    ) -> Entry:  # fmt: skip
         now = time.time()
+        entry = Entry(name, kind, stack, folder, now if created is None else created, now)
         db.execute(
             "insert or replace into names select ?, ?, ?, ?, ?, ?, coalesce(max(revision), 0) + 1 from names",
-            (name, kind.value, json.dumps(stack), folder, now if created is None else created, now),
+            (name, kind.value, json.dumps(stack), folder, entry.created, now),
         )
+        return entry
 
     def _log(self, db: sqlite3.Connection, name: str, action: str, value: str, origin: str) -> None:
         db.execute(
@@ -233,8 +256,16 @@ class Registry:
             (name, action, value, origin, time.time()),
         )
 
+    def _look(self, db: sqlite3.Connection) -> None:
+        """Take in one state of the database: names and versions between two changes, not across one."""
+        db.execute("begin")
+        try:
+            self._take_in(db)
+        finally:
+            db.execute("commit")
+
     def _take_in(self, db: sqlite3.Connection) -> None:
-        """Versions first: whoever sees a name without the lock finds what it means."""
+        """Inside a transaction. Versions first: whoever sees a name without the lock finds what it means."""
         for number, digest, facts in db.execute(
             "select * from versions where id > ? order by id", (self._seen_version,)
         ):
@@ -263,7 +294,7 @@ class Registry:
                 if db.in_transaction:
                     db.execute("rollback")
                 raise
-            self._take_in(db)
+            self._look(db)
 
     @contextmanager
     def _connection(self) -> Generator[sqlite3.Connection]:

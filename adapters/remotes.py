@@ -53,15 +53,19 @@ class HttpRemote:
             raise AdapterUnavailable(f"{url} answers {answer.status_code}; expected 200, redirects are not followed")
         if not answer.headers.get("content-length", "").isdecimal():
             raise AdapterUnavailable(f"{url} does not tell its Content-Length")
-        version = answer.headers.get("etag") or answer.headers.get("last-modified")
-        return RemoteFile(int(answer.headers["content-length"]), version, lambda offset: self._read(url, offset))
+        told = _versions(answer)
+        version = next(iter(told.values()), None)
+        size = int(answer.headers["content-length"])
+        return RemoteFile(size, version, lambda offset: self._read(url, offset, told))
 
-    def _read(self, url: str, offset: int) -> Iterator[bytes]:
+    def _read(self, url: str, offset: int, told: dict[str, str]) -> Iterator[bytes]:
         headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={offset}-"} if offset else {})
         try:
             with self._client.stream("GET", url, headers=headers) as answer:
                 if answer.status_code == 416:
                     return  # nothing is left
+                if any(told.get(header, now) != now for header, now in _versions(answer).items()):
+                    raise AdapterUnavailable(f"{url} changed while it was fetched: try again")
                 if answer.status_code != (206 if offset else 200):
                     if not (offset and answer.status_code == 200):
                         raise AdapterUnavailable(f"{url} answers {answer.status_code}")
@@ -74,6 +78,11 @@ class HttpRemote:
                         yield kept
         except httpx.HTTPError as error:
             raise AdapterUnavailable(f"{url} broke off: {type(error).__name__}: {error}; try again to go on") from error
+
+
+def _versions(answer: httpx.Response) -> dict[str, str]:
+    """What a server tells of a file's version, the surest first."""
+    return {header: answer.headers[header] for header in ("etag", "last-modified") if header in answer.headers}
 
 
 class FsspecRemote:

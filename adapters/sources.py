@@ -16,8 +16,10 @@ from typing import Protocol
 from urllib.parse import urlsplit
 
 from adapters.errors import AdapterError, AdapterNotFound, AdapterRefused, AdapterUnavailable
+from adapters.lora_config import CONFIG_FILE
 from adapters.objects import ADAPTER_FILES, MAX_SIDECAR_BYTES, SIDECARS
 from adapters.remotes import FsspecRemote, HttpRemote, HubRemote, Missing, RemoteFile
+from adapters.validation import WEIGHTS_FILE
 
 CHUNK = 1 << 20
 _SCHEMES = ("hf", "s3", "gs", "https", "http")
@@ -102,9 +104,12 @@ class Sources:
         raise outside
 
     def _download(self, remote: Remote, into: Path, deadline: float) -> None:
-        left = self._max_bytes
+        left, versions = self._max_bytes, dict[str, str | None]()
         for name in ADAPTER_FILES:
             file = remote.find(name)
+            versions[name] = None if file is None else file.version
+            if file is None and name in (CONFIG_FILE, WEIGHTS_FILE):
+                raise Missing(f"there is no {name} at {remote.origin}")
             if file is None:
                 (into / name).unlink(missing_ok=True)  # of an earlier version
                 continue
@@ -116,6 +121,10 @@ class Sources:
                 )
             _resume(file, into / name, deadline)
             left -= file.size
+        for name, version in versions.items():  # files of two states together would be an adapter that nobody made
+            file = remote.find(name)
+            if (None if file is None else file.version) != version:
+                raise AdapterUnavailable(f"{name} at {remote.origin} changed while it was fetched: try again")
 
 
 def _resume(file: RemoteFile, target: Path, deadline: float) -> None:
@@ -125,7 +134,10 @@ def _resume(file: RemoteFile, target: Path, deadline: float) -> None:
     known = file.version is not None and note.is_file() and note.read_text() == version
     if known and target.is_file() and target.stat().st_size == file.size:
         return
-    offset = partial.stat().st_size if known and partial.is_file() else 0
+    if not known:
+        for stale in (target, partial):
+            stale.unlink(missing_ok=True)
+    offset = partial.stat().st_size if partial.is_file() else 0
     note.write_text(version)
     digest = hashlib.sha256()
     with partial.open("r+b" if 0 < offset <= file.size else "wb") as out:

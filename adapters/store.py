@@ -8,14 +8,14 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from adapters.adapter import NAME_PATTERN, AdapterManifest, AdapterRef, AdapterVersion, BaseShape
-from adapters.aliases import check_targets, choose
-from adapters.errors import AdapterConflict, AdapterNotFound, AdapterRefused, AdapterUnavailable
+from adapters.aliases import check_leads, check_targets, choose
+from adapters.errors import AdapterError, AdapterExists, AdapterNotFound, AdapterRefused, AdapterUnavailable
 from adapters.folders import Folders
 from adapters.objects import Objects
 from adapters.references import DIGEST_PREFIX, Reference, nearest, parse_reference
@@ -24,6 +24,7 @@ from adapters.validation import inspect_adapter
 from adapters.values import check_values
 
 logger = logging.getLogger(__name__)
+_MANY = 1000
 GRACE_SECONDS = 3600.0
 """How long content that nothing names stays: a request may still be on its way to it."""
 
@@ -34,7 +35,7 @@ class Found:
 
     ref: AdapterRef
     version: AdapterVersion
-    folder: str | None = field(default=None, compare=False)  # of what was staged: of the folder of that name before
+    folder: str = field(default="", compare=False)  # of what was staged: the signature that its folder had before
 
 
 class AdapterStore:
@@ -76,7 +77,10 @@ class AdapterStore:
             if (meant := self.look_up(reference, key)) is not None:
                 return self._fitting(self._found(*meant))
             if self._folders is not None and self._folders.find(reference) is not None:
-                return self._take_in(self._folders, reference)
+                try:
+                    return self._take_in(self._folders, reference)
+                except AdapterExists:
+                    return self.get(reference, key)
         raise AdapterNotFound(reference, self._nearest(reference))
 
     def look_up(self, reference: str, key: str | None = None) -> tuple[str, str] | None:
@@ -104,12 +108,13 @@ class AdapterStore:
 
     def entries(self) -> list[Entry]:
         """Every adapter and alias, by name, new folders included."""
+        self.registry.refresh()
         with self._lock:
             for folder in self._folders.scan() if self._folders is not None else ():
                 if folder.name not in self.registry.entries:
                     try:
                         self._take_in(self._folders, folder.name)  # pyright: ignore[reportArgumentType]
-                    except (AdapterRefused, AdapterUnavailable) as error:
+                    except AdapterError as error:
                         logger.debug("%s: %s", folder.name, error)  # `_take_in` has told
         self.registry.refresh()
         entries = list(self.registry.entries.values())
@@ -136,17 +141,19 @@ class AdapterStore:
     def stage(self, name: str, source: Path) -> Found:
         """Take an adapter folder's content in, under no name yet. Raises AdapterRefused, AdapterUnavailable."""
         self.check_name(name)
-        folder = self._signature(name)  # before it is read: what changes meanwhile has changed
+        folder = (
+            self._signature(name) if self._is_own(name, source) else ""
+        )  # before: what changes meanwhile has changed
         manifest = self.objects.put(source, name, self._shape)
         self.registry.add_version(AdapterVersion.of(manifest, self._shape, time.time()))
-        return replace(self._found(name, manifest.ref.digest), folder=folder)
+        return replace(self._found(name, manifest.ref.digest), folder=folder or "")
 
-    def publish(self, found: Found, origin: str) -> Entry:
-        """Let a name mean what was staged. Raises AdapterConflict if the name is an alias."""
-        name, digest = found.ref.name, found.ref.digest
-        entry = self.registry.push(name, Kind.ADAPTER, digest, action="publish", origin=origin, folder=found.folder)
-        logger.info("adapter %s: sha256 %s, rank %d, from %s", name, digest[:12], found.version.rank, origin)
-        return entry
+    def publish(self, found: Found, origin: str, *, new: bool = False) -> Entry:
+        """Let a name mean what was staged.
+
+        Raises AdapterConflict if it is an alias, AdapterExists if it should be `new` and stands for something.
+        """
+        return self._publish(found, origin, lambda entry: not new or entry is None or entry.value is None)
 
     def set_alias(self, name: str, wanted: Sequence[tuple[str, float]], origin: str) -> Entry:
         """Let `name`, or `adapter@tag`, stand for adapters, by weight.
@@ -157,7 +164,8 @@ class AdapterStore:
         self.check_name(alias.name)
         targets = check_targets(alias, wanted)
         value = json.dumps([(self._fixed(target), weight) for target, weight in targets])
-        entry = self.registry.push(name, Kind.ALIAS, value, action="alias", origin=origin)
+        self._spare(name)
+        entry = self.registry.push(name, Kind.ALIAS, value, self._leads, action="alias", origin=origin)
         logger.info("alias %s: %s", name, entry.value)
         return entry
 
@@ -183,13 +191,9 @@ class AdapterStore:
 
     def rollback(self, name: str, origin: str, kind: Kind | None = None) -> Entry:
         """Give an adapter or alias (`kind` None: either) its value before. Raises AdapterNotFound, AdapterConflict."""
-        entry = self.registry.entries.get(name)
-        if entry is not None and entry.kind is Kind.ALIAS and len(entry.stack) > 1:
-            for reference, _ in targets_in(entry.stack[-2]):
-                if not self.has(target := parse_reference(reference).name):
-                    raise AdapterConflict(f"{name!r} led to {target!r} before, which was removed: set the alias anew")
+        self._spare(name)
         with self._naming(name):
-            entry = self.registry.rollback(name, origin, kind)
+            entry = self.registry.rollback(name, origin, self._leads, kind)
         logger.info("%s rolled back to %s", name, entry.value)
         return entry
 
@@ -198,15 +202,17 @@ class AdapterStore:
 
         Raises AdapterNotFound, AdapterConflict if an alias needs it.
         """
+        self._spare(name)
+        folder = "" if self._folders is None else self._signature(name)
         with self._naming(name):
-            entry = self.registry.remove(name, origin, self._signature(name), kind)
+            entry = self.registry.remove(name, origin, folder, kind)
         logger.info("%s removed", name)
         return entry
 
     def sweep(self, grace_seconds: float = GRACE_SECONDS) -> list[str]:
-        """Delete the content that no name means nor could be rolled back to, and that is so old; the digests."""
-        gone = self.registry.drop_versions(self.objects.unused(grace_seconds))
-        self.objects.delete(gone, grace_seconds)
+        """Delete the content that no name has meant nor could be rolled back to for so long; the digests."""
+        gone = self.registry.drop_versions(lambda: self.objects.unused(grace_seconds), self.objects.delete)
+        self.objects.clear_staging(grace_seconds)
         return gone
 
     def check(self) -> None:
@@ -225,7 +231,25 @@ class AdapterStore:
         """Close the registry's connection; a fork's child opens its own."""
         self.registry.close()
 
+    def _publish(self, found: Found, origin: str, free: Callable[[Entry | None], bool]) -> Entry:
+        """`free`: whether the name, as it stands then, may mean it."""
+        name, digest = found.ref.name, found.ref.digest
+
+        def check(_: str) -> None:
+            if not free(self.registry.entries.get(name)):
+                raise AdapterExists(f"{name!r} exists already")
+            if not self.objects.path(digest).is_dir():
+                raise AdapterUnavailable(f"version {digest[:12]} was deleted before {name!r} could mean it: try again")
+
+        self._spare(name)
+        entry = self.registry.push(
+            name, Kind.ADAPTER, digest, check, action="publish", origin=origin, folder=found.folder
+        )  # fmt: skip
+        logger.info("adapter %s: sha256 %s, rank %d, from %s", name, digest[:12], found.version.rank, origin)
+        return entry
+
     def _take_in(self, folders: Folders, name: str) -> Found:
+        """Raises AdapterExists when another process has named something so meanwhile, or taken the name away."""
         if name in self.registry.entries:
             raise AdapterNotFound(name, hint=_removed(name))
         if (refusal := folders.known_refusal(name)) is not None:
@@ -240,7 +264,7 @@ class AdapterStore:
             folders.tell(f"adapter folder skipped: {name}: {error}")
             raise
         folders.refused.pop(name, None)
-        self.publish(found, "its folder")
+        self._publish(found, "its folder", lambda entry: entry is None)
         return found
 
     def _version_of(self, asked: Reference) -> tuple[str, str] | None:
@@ -286,6 +310,11 @@ class AdapterStore:
     def _signature(self, name: str) -> str | None:
         return self._folders.signature(name) if self._folders is not None and self._folders.find(name) else None
 
+    def _is_own(self, name: str, source: Path) -> bool:
+        """Whether a source is what lies under the name in the adapters' folder."""
+        own = None if self._folders is None else self._folders.find(name)
+        return own is not None and own.resolve() == source.resolve()
+
     @contextmanager
     def _naming(self, name: str) -> Generator[None]:
         """Adds the nearest names to an AdapterNotFound that has no better hint."""
@@ -293,6 +322,14 @@ class AdapterStore:
             yield
         except AdapterNotFound as error:
             raise error if error.hint else AdapterNotFound(name, self._nearest(name)) from None
+
+    def _spare(self, name: str) -> None:
+        """What a change of this name may leave without any is young again for `sweep`."""
+        if (entry := self.registry.entries.get(name)) is not None:
+            self.objects.touch(entry.digests)
+
+    def _leads(self, value: str) -> None:
+        check_leads(value, self.registry)
 
     def _fixed(self, target: Reference) -> str:
         """A target as it is kept: a digest written in full."""
@@ -303,7 +340,10 @@ class AdapterStore:
         return target.name if target.at is None else f"{target.name}@{found.ref.digest}"
 
     def _nearest(self, name: str) -> list[str]:
-        return nearest(name, [entry.name for entry in self.entries()])
+        known = list(self.registry.entries.values())
+        if len(known) < _MANY:
+            known = self.entries()  # new folders, too
+        return nearest(name, [entry.name for entry in known if entry.value is not None])
 
 
 def _removed(name: str) -> str:

@@ -11,6 +11,9 @@ from adapters.errors import AdapterRefused, AdapterUnavailable
 from adapters.tensorfile import TensorHeader, chunks, open_regular, read_headers
 from adapters.validation import MAX_WEIGHTS_BYTES, WEIGHTS_FILE
 
+LEAST_EFFECT = 1e-8
+"""What an adapter has to add somewhere, for inputs of variance 1: less is lost beside the base's own values."""
+
 
 def check_values(folder: Path, manifest: AdapterManifest) -> None:
     """Read every number of an adapter that `inspect_adapter` passed.
@@ -23,7 +26,7 @@ def check_values(folder: Path, manifest: AdapterManifest) -> None:
             headers = read_headers(file, WEIGHTS_FILE)
             for module in manifest.modules:
                 a, b = (_finite(file, headers[name], name) for name in (module.a_name, module.b_name))
-                effect = effect or (module.scaling != 0 and _has_effect(a, b))
+                effect = effect or _has_effect(a, b, module.scaling)
     except (FileNotFoundError, KeyError) as error:
         raise AdapterUnavailable(f"{WEIGHTS_FILE} in {folder.name} changed while it was read") from error
     if not effect:
@@ -44,8 +47,8 @@ def _finite(file: BinaryIO, header: TensorHeader, name: str) -> npt.NDArray[np.f
     return values.reshape(header.shape)
 
 
-def _has_effect(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32]) -> bool:
-    """Whether B A maps a random vector to anything but zero: it does unless it is zero. a [rank, in], b [out, rank]."""
+def _has_effect(a: npt.NDArray[np.float32], b: npt.NDArray[np.float32], scaling: float) -> bool:
+    """Whether B A moves a random vector by more than rounding would hide. a [rank, in], b [out, rank]."""
     vector = np.asarray(np.random.default_rng(0).standard_normal(a.shape[1]), np.float64)
     product: npt.NDArray[np.float64] = np.matmul(b, np.matmul(a, vector))  # in float64, as the vector is
-    return bool(product.any())
+    return bool((np.abs(scaling * product) > LEAST_EFFECT).any())

@@ -12,6 +12,7 @@ from adapters.errors import AdapterRefused, AdapterUnavailable
 from adapters.golden import read_golden
 from adapters.tensorfile import TensorHeader, chunks, open_regular, read_headers
 from adapters.validation import MAX_WEIGHTS_BYTES, WEIGHTS_FILE, inspect_adapter
+from adapters.values import LEAST_EFFECT
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -69,10 +70,6 @@ def _tensor(file: BinaryIO, header: TensorHeader) -> torch.Tensor:
 
 
 def _has_effect(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether B A, [out, in], holds anything but zeros. a [rank, in], b [rank, out].
-
-    It is zero exactly if it maps a random vector to zero, but for a set of vectors of measure zero: much cheaper than
-    the product.
-    """
+    """Whether B A moves a random vector by more than rounding would hide. a [rank, in], b [rank, out], scaled."""
     vector = torch.randn(a.shape[1], generator=torch.Generator().manual_seed(0))
-    return bool((b.float().T @ (a.float() @ vector)).any())
+    return bool(((b.float().T @ (a.float() @ vector)).abs() > LEAST_EFFECT).any())

@@ -1,13 +1,14 @@
 """Adapters as `GET /v1/adapters` shows them."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from adapters.adapter import AdapterManifest
 from adapters.errors import AdapterError
 from adapters.lora_config import CONFIG_FILE
+from adapters.objects import MAX_SIDECAR_BYTES
 from adapters.registry import Entry, Kind, targets_in
+from adapters.tensorfile import open_regular, parse_json
 from server.api.spec import ChorusSpec
 
 REPORT_FILE = "report.json"
@@ -114,8 +115,9 @@ def _value(kind: Kind, value: str) -> Any:
 
 
 def _json(path: Path) -> Any:
-    """What a sidecar holds; None if it is missing or no JSON: it decides nothing."""
+    """What a sidecar holds; None if it is missing or no plain JSON: it decides nothing."""
     try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        with open_regular(path, MAX_SIDECAR_BYTES) as file:
+            return parse_json(file.read(), path.name)
+    except (OSError, AdapterError):
         return None

@@ -8,8 +8,10 @@ import asyncio
 import shutil
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
+from weakref import WeakValueDictionary
 
 from fastapi import Query
 from fastapi import Request as HttpRequest
@@ -18,11 +20,12 @@ from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
 from adapters.archive import unpack
-from adapters.errors import AdapterError
+from adapters.errors import AdapterError, AdapterExists
 from adapters.registry import Kind
 from adapters.store import AdapterStore, Found
 from server.api.adapter_records import RecordWriter, facts
 from server.api.errors import ApiError
+from server.api.gate import MAX_BODY_BYTES
 from server.api.schemas_lifecycle import AliasRequest, LoadRequest, UnloadRequest, ValidateRequest
 from server.api.spec import ChorusSpec
 
@@ -39,7 +42,8 @@ class LifecycleRoutes:
     def __init__(self, spec: ChorusSpec) -> None:
         self._spec = spec
         self._records = RecordWriter(spec)
-        self._fetching = asyncio.Lock()  # one at a time: two of one source would write the same files
+        # By source: two fetches of one would write the same files.
+        self._fetching: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._publishing = asyncio.Lock()  # one at a time: each takes disk, hashing and a place on the device
 
     def register(self) -> None:
@@ -80,7 +84,7 @@ class LifecycleRoutes:
     async def validate(self, http: HttpRequest) -> dict[str, Any]:
         """Check without publishing: an archive as for PUT, or JSON with the `path` of a folder."""
         if http.headers.get("content-type", "").partition(";")[0].strip().lower() == "application/json":
-            async with self._fetched(_parsed(await http.body()).path, "path") as (folder, _):
+            async with self._fetched(_parsed(await _small_body(http)).path, "path") as (folder, _):
                 return {"valid": True, **facts(await _call("path", self._store.inspect, folder)), "ignored": []}
         async with self._received(http) as (folder, ignored):
             return {"valid": True, **facts(await _call("body", self._store.inspect, folder)), "ignored": ignored}
@@ -121,11 +125,17 @@ class LifecycleRoutes:
         """vLLM's: publish `lora_path`, a folder inside the adapter roots or a source that is allowed."""
         name, path = _required(body.lora_name, "lora_name"), _required(body.lora_path, "lora_path")
         await _call("lora_name", self._store.check_name, name)
+        taken = ApiError(
+            400, "validation", f"`lora_name` {name!r} is loaded already; set `load_inplace` true to replace it",
+            param="lora_name",
+        )  # fmt: skip
         if not body.load_inplace and self._store.has(name):
-            problem = f"`lora_name` {name!r} is loaded already; set `load_inplace` true to replace it"
-            raise ApiError(400, "validation", problem, param="lora_name")
+            raise taken
         async with self._fetched(path, "lora_path") as (folder, origin):
-            await self._publish(name, folder, origin)
+            try:
+                await self._publish(name, folder, origin, new=not body.load_inplace)
+            except AdapterExists:  # meanwhile
+                raise taken from None
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload(self, body: UnloadRequest) -> Response:
@@ -162,16 +172,17 @@ class LifecycleRoutes:
     async def _fetched(self, source: str, field: str) -> AsyncGenerator[tuple[Path, str]]:
         """The adapter folder that a path or address names, and where it came from."""
         downloads = self._store.objects.downloads(source)
-        async with self._fetching:
+        async with self._fetching.setdefault(source, asyncio.Lock()):
             fetched = await _call(field, self._spec.state.sources.fetch, source, downloads)
             yield fetched.folder, fetched.origin
             await asyncio.to_thread(shutil.rmtree, downloads, ignore_errors=True)  # what failed goes on the next time
 
-    async def _publish(self, name: str, folder: Path, origin: str) -> dict[str, Any]:
+    async def _publish(self, name: str, folder: Path, origin: str, *, new: bool = False) -> dict[str, Any]:
+        """Raises AdapterExists, or ApiError."""
         async with self._publishing:
             found = await _call("name", self._store.stage, name, folder)
             await self._prove(found, "name")
-            await _call("name", self._store.publish, found, origin)
+            await _call("name", partial(self._store.publish, found, origin, new=new))
             return await self.show(name)
 
     async def _prove(self, found: Found, field: str) -> None:
@@ -201,10 +212,22 @@ async def _call(field: str, work: Callable[..., T], *arguments: Any) -> T:
     """Run in a thread; the errors of adapters and of values become answers about `field`."""
     try:
         return await asyncio.to_thread(work, *arguments)
+    except AdapterExists:
+        raise
     except AdapterError as error:
         raise ApiError.of_adapter(error, field) from None
     except ValueError as error:
         raise ApiError.invalid(field, str(error)) from None
+
+
+async def _small_body(http: HttpRequest) -> bytes:
+    """JSON where an archive may be, too: BodyLimit lets those through."""
+    body = b""
+    async for chunk in http.stream():
+        body += chunk
+        if len(body) > MAX_BODY_BYTES:
+            raise ApiError(413, "validation", f"the JSON body is larger than {MAX_BODY_BYTES:,} bytes")
+    return body
 
 
 def _required(value: str | None, field: str) -> str:
@@ -217,6 +240,6 @@ def _parsed(body: bytes) -> ValidateRequest:
     try:
         return ValidateRequest.model_validate_json(body)
     except ValidationError as error:
-        problem = error.errors()[0]
-        where = ".".join(map(str, problem["loc"])) or "body"
-        raise ApiError(422, "validation", f"`{where}`: {problem['msg']}", param=where) from None
+        problems = [(".".join(map(str, p["loc"])) or "body", p["msg"]) for p in error.errors()]
+        told = "; ".join(f"`{where}`: {message}" for where, message in problems)
+        raise ApiError(422, "validation", told, param=problems[0][0]) from None

@@ -38,11 +38,13 @@ class LoadRequest(_Body):
         default=None, max_length=4096, description="A folder inside --adapters-dir or --adapter-roots, or a source."
     )
     load_inplace: bool | None = Field(default=None, description="Replace what the name means; false if null.")
+    is_3d_lora_weight: Literal[False] | None = Field(default=None, description="vLLM's, of experts: GPT-2 has none.")
 
 
 class UnloadRequest(_Body):
     """Body of POST /v1/unload_lora_adapter, as vLLM has it, and what to do with its requests."""
 
     lora_name: Text | None = Field(default=None, description="The name to take away.")
+    lora_int_id: None = Field(default=None, description="vLLM's: adapters have no numbers here.")
     when_busy: Literal["wait", "refuse"] | None = Field(default=None, description="wait if null; refuse answers 409.")
     timeout: float | None = Field(default=None, gt=0, le=3600, description="Seconds to wait; 60 if null.")

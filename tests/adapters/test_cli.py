@@ -98,7 +98,7 @@ def test_what_goes_wrong_is_said_in_a_line(shell: Shell, tmp_path: Path) -> None
     assert "peft_type is 'IA3'" in shell.fails("validate", write_adapter(tmp_path / "ia3", peft_type="IA3"))
     zero = {name: value * 0 for name, value in tensors().items()}
     assert "has no effect" in shell.fails("publish", write_adapter(tmp_path / "zero", zero))
-    assert "no adapter_model.safetensors in nowhere" in shell.fails("publish", tmp_path / "nowhere")
+    assert "nowhere' is no folder; expected a PEFT adapter folder" in shell.fails("publish", tmp_path / "nowhere")
     assert "'pow' does not exist; the nearest are 'poe'" in shell.fails("show", "pow")
     assert "no earlier value to roll back to" in shell.fails("rollback", "poe")
     assert "'nobody'" in shell.fails("remove", "nobody")

@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 
 from adapters.adapter import ModuleKey
 from adapters.errors import AdapterRefused, AdapterUnavailable
-from adapters.validation import WEIGHTS_FILE
+from adapters.validation import WEIGHTS_FILE, inspect_adapter
+from adapters.values import check_values
 from adapters.weights import load_adapter
 from tests.adapters.support import PREFIX, SHAPE, ref_of, tensors, write_adapter
 
@@ -95,8 +96,18 @@ def test_one_module_with_an_effect_is_enough(tmp_path: Path) -> None:
 
 
 def test_an_effect_may_be_tiny(tmp_path: Path) -> None:
-    weights = {name: np.full_like(value, 1e-12) for name, value in tensors().items()}
+    weights = {name: np.full_like(value, 1e-3) for name, value in tensors().items()}
     assert load(write_adapter(tmp_path, weights)).pairs
+
+
+def test_an_effect_that_rounding_hides_is_none(tmp_path: Path) -> None:
+    weights = {name: value * np.float32(1e-42 if "lora_B" in name else 1) for name, value in tensors().items()}
+    assert all(value.any() for value in weights.values())
+    folder = write_adapter(tmp_path, weights)
+    with pytest.raises(AdapterRefused, match="has no effect"):
+        load(folder)
+    with pytest.raises(AdapterRefused, match="has no effect"):
+        check_values(folder, inspect_adapter(folder, "tiny", SHAPE))
 
 
 @pytest.mark.parametrize("what", ["weights", "alpha"])
@@ -120,7 +131,7 @@ def test_what_is_gone_from_disk_may_come_back(tmp_path: Path) -> None:
 
 
 def test_values_that_vanish_in_the_type_it_is_served_in_are_no_effect(tmp_path: Path) -> None:
-    small = {name: value * (1e-9 if "lora_B" in name else 1) for name, value in tensors().items()}
+    small = {name: value * (1e-9 if "lora_B" in name else 30) for name, value in tensors().items()}
     folder = write_adapter(tmp_path, small)
     assert load(folder).pairs
     with pytest.raises(AdapterRefused, match=r"too small for torch\.float16; serve with another --dtype"):

@@ -2,10 +2,12 @@
 
 import io
 import json
+import shutil
 import tarfile
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -298,3 +300,36 @@ def test_an_upload_larger_than_allowed_is_413(start, adapters_dir: Path, folders
     deadline = time.monotonic() + 10
     while list((tmp_path / "store" / "staging").iterdir()):
         assert time.monotonic() < deadline, "what was received is deleted"
+
+
+@pytest.mark.parametrize("report", ['{"a": "\\ud800"}', "[" * 300 + "]" * 300, "{not json"])
+def test_a_report_that_is_no_plain_json_is_left_out(
+    report: str, lifecycle: ServerProcess, folders: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(folders / "one", tmp_path / "one")
+    (tmp_path / "one" / "report.json").write_text(report)
+    assert put(lifecycle, "odd", archive(tmp_path / "one")).status_code == 200
+    assert show(lifecycle, "odd")["report"] is None
+
+
+def test_json_for_validation_is_as_small_as_any(lifecycle: ServerProcess) -> None:
+    answer = post(lifecycle, "/v1/adapters:validate", path="x" * (2 << 20))
+    assert answer.status_code == 413
+    assert "the JSON body is larger than 1,048,576 bytes" in answer.json()["error"]["message"]
+
+
+def test_one_of_several_loads_of_a_new_name_succeeds(lifecycle: ServerProcess) -> None:
+    with ThreadPoolExecutor(3) as pool:
+        load = {"lora_name": "raced", "is_3d_lora_weight": False}
+        answers = list(
+            pool.map(
+                lambda path: post(lifecycle, "/v1/load_lora_adapter", lora_path=path, **load), ["one", "two", "three"]
+            )
+        )
+    assert sorted(answer.status_code for answer in answers) == [200, 400, 400]
+    assert all("load_inplace" in answer.text for answer in answers if answer.status_code == 400)
+    assert len(show(lifecycle, "raced")["versions"]) == 1
+
+
+def test_the_wrong_route_for_a_name_is_told_the_right_one(lifecycle: ServerProcess) -> None:
+    assert "it is an adapter: see /v1/adapters/alpha" in delete(lifecycle, "/v1/aliases/alpha").text
