@@ -55,6 +55,17 @@ def kept_probabilities(scores: torch.Tensor, temperature: float, top_k: int, top
     return torch.zeros_like(probs).scatter(0, ids, kept / kept.sum())
 
 
+def typical_probabilities(scores: torch.Tensor, typical_p: float) -> torch.Tensor:
+    """What typical-p leaves of a row of scores [V]: probabilities [V], 0 where left out (Meister et al. 2022)."""
+    probs = scores.double().softmax(0)
+    surprise = -probs.log()
+    far = (surprise - (probs * surprise).sum()).abs()
+    ordered, ids = far.sort(stable=True)
+    last = ordered[(probs[ids].cumsum(0) < typical_p).sum().clamp(max=len(ids) - 1)]
+    kept = probs.masked_fill(far > last, 0.0)
+    return kept / kept.sum()
+
+
 def choose(
     logits: torch.Tensor, seen: torch.Tensor, rows: torch.Tensor, penalty: torch.Tensor, temperature: torch.Tensor,
     top_k: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor, wanted: torch.Tensor,

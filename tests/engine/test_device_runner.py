@@ -65,10 +65,18 @@ def requests(folders: dict[str, Path]) -> list[Request]:
         {"temperature": 0.8, "top_p": 0.8, "logprobs": True},
         {"temperature": 1.2, "top_k": 5, "repetition_penalty": 1.4},
         {"repetition_penalty": 1.3, "logprobs": True},
+        {"logprobs": True, "top_logprobs": 3, "prompt_logprobs": True},
+        {
+            "frequency_penalty": 1.5,
+            "logit_bias": ((3, 2.0), (5, -9.0)),
+            "repetition_penalty": 1.2,
+            "prompt_logprobs": True,
+        },
+        {"temperature": 1.1, "typical_p": 0.7, "top_k": 40, "logprobs": True, "top_logprobs": 2, "min_tokens": 3},
     )
     return [
         request(i, prompt, refs[i % len(refs)], max_tokens=rng.randrange(1, 7), seed=i, **ways[i // 2 % len(ways)])
-        for i, prompt in enumerate(make_prompts(11, seed=4, longest=14))
+        for i, prompt in enumerate(make_prompts(15, seed=4, longest=14))
     ]
 
 
@@ -108,6 +116,11 @@ def test_tokens_and_logprobs_are_those_of_the_cpu(
         assert outputs[key].token_ids == output.token_ids, f"request {key}"
         assert outputs[key].finish_reason is output.finish_reason
         assert outputs[key].logprobs == pytest.approx(output.logprobs, abs=1e-4)
+        assert outputs[key].prompt_logprobs == pytest.approx(output.prompt_logprobs, abs=1e-4)
+        for field in ("top_logprobs", "prompt_top_logprobs"):
+            for got, told in zip(getattr(outputs[key], field), getattr(output, field), strict=True):
+                assert [token for token, _ in got] == [token for token, _ in told]
+                assert [logprob for _, logprob in got] == pytest.approx([logprob for _, logprob in told], abs=1e-4)
     device_engine.check_integrity()
 
 

@@ -1,11 +1,13 @@
 """How a sequence ends: stop strings, EOS, max_tokens and the end of its row; and what the engine refuses to begin."""
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from server.engine.config import EngineConfig
-from server.engine.types import FinishReason, SequenceOutput
+from server.engine.types import BANNED, ErrorKind, FinishReason, SequenceOutput
 from tests.engine.toy import EOS, VOCAB, Toy, Toys
 
 
@@ -69,6 +71,67 @@ def test_a_stop_string_inside_eos_is_not_looked_for(toys: Toys) -> None:
     assert say(toys(), [0, EOS], stop=(b"end",)).finish_reason is FinishReason.EOS
     ignored = say(toys(), [0, EOS], stop=(b"end",), ignore_eos=True)
     assert (ignored.finish_reason, ignored.stop_offset) == (FinishReason.STOP, 2)
+
+
+@pytest.mark.parametrize(
+    ("stop", "min_tokens", "tokens", "offset"),
+    [
+        ((b"b",), 2, "abab", 3),  # the first b is the second token
+        ((b"b",), 1, "abab", 1),
+        ((b"ab",), 3, "ababab", 2),  # it ends after them, wherever it begins
+        ((b"b", b"never there"), 2, "abcb", 3),  # a long one beside it doesn't make it look further back
+        ((b"bc", b"c"), 2, "abc", 1),
+    ],
+)
+def test_no_stop_string_ends_in_the_first_min_tokens(
+    toys: Toys, stop: tuple[bytes, ...], min_tokens: int, tokens: str, offset: int
+) -> None:
+    output = say(toys(), letters(tokens), stop=stop, min_tokens=min_tokens)
+    assert (output.finish_reason, output.stop_offset) == (FinishReason.STOP, offset)
+    assert len(output.token_ids) > min_tokens
+
+
+def test_no_token_left_to_choose_is_an_error_of_this_sequence_alone(toys: Toys) -> None:
+    toy = toys()
+    toy.runner.say = lambda s: BANNED if s.request_id == "a" and len(s.output_ids) == 2 else 3
+    toy.add("a", max_tokens=5)
+    toy.add("b", max_tokens=5)
+    outputs = toy.run()
+    assert (outputs["a"].finish_reason, outputs["a"].error_kind) == (FinishReason.ERROR, ErrorKind.GENERATION)
+    assert outputs["a"].error is not None
+    assert outputs["a"].error.startswith("no token can be chosen after 2: logit_bias, the penalties and min_tokens ban")
+    assert (outputs["b"].finish_reason, len(outputs["b"].token_ids)) == (FinishReason.LENGTH, 5)
+
+
+def test_a_prompt_whose_logits_are_not_finite_ends_its_sequence(toys: Toys) -> None:
+    toy = toys()
+    toy.runner.prompt_logprob = math.nan
+    toy.add("a", max_tokens=5, prompt_logprobs=True)
+    toy.add("b", max_tokens=5)
+    outputs = toy.run()
+    assert outputs["a"].finish_reason is FinishReason.ERROR
+    assert "not finite" in (outputs["a"].error or "")
+    assert (outputs["a"].token_ids, outputs["a"].prompt_logprobs) == ((), ())
+    assert outputs["b"].finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("logit_bias", "message"),
+    [
+        (((5, 1.0), (100, 1.0)), r"logit_bias names token 100, the base has 0..99"),
+        (((-1, 1.0),), r"logit_bias names token -1"),
+        (((5, math.nan),), r"logit_bias of token 5 is nan, expected a number or -inf"),
+        (((5, math.inf),), r"logit_bias of token 5 is inf"),
+    ],
+)
+def test_a_logit_bias_that_can_not_be_added_is_refused(
+    toys: Toys, logit_bias: tuple[tuple[int, float], ...], message: str
+) -> None:
+    toy = toys()
+    with pytest.raises(ValueError, match=message):
+        toy.add("a", logit_bias=logit_bias)
+    toy.add("b", logit_bias=((0, -math.inf), (99, 1e9)), max_tokens=1)
+    assert set(toy.run()) == {"b"}
 
 
 def test_a_stop_string_at_the_last_token_wins_over_the_length(toys: Toys) -> None:

@@ -9,22 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import (
-    LogitsProcessorList,
-    RepetitionPenaltyLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
 
-from kernels.build import library
 from kernels.native import Native
 from server.engine import sampler
 from server.engine.penalties import SamplingRow, penalise
 from server.engine.sampler import candidates, uniform
 from server.engine.types import Sampled, SamplingParams
+from tests.engine.sampling_oracle import BACKENDS, VOCAB, make_logits, row, theirs
 
-BACKENDS = [None, *([Native()] if library().is_file() else [])]
 _native: Native | None = None
 
 
@@ -38,35 +30,11 @@ def sample(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> Sampled:
     return sampler.sample(logits.contiguous(), rows, _native)
 
 
-VOCAB = 700  # more than the candidates that are looked at first
-
-
-def make_logits(rows: int, seed: int, spread: float = 3.0, vocab: int = VOCAB) -> torch.Tensor:
-    return spread * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
-
-
-def row(seed: int = 0, index: int = 0, seen: tuple[int, ...] = (), **params: Any) -> SamplingRow:
-    return SamplingRow(SamplingParams(seed=seed, **params), seen, index)
-
-
 def ours(logits: torch.Tensor, params: SamplingParams, seen: tuple[int, ...]) -> torch.Tensor:
     """Every token's probability [V]."""
     scores = penalise(logits[None], [SamplingRow(params, seen, 0)]) / params.temperature
     ids, probs = candidates(scores, [params])
     return torch.zeros_like(logits).scatter(0, ids[0], probs[0])
-
-
-def theirs(logits: torch.Tensor, params: SamplingParams, seen: tuple[int, ...]) -> torch.Tensor:
-    """The same from transformers, in the order in which `generate` applies them."""
-    chain = LogitsProcessorList()
-    if params.repetition_penalty != 1.0:
-        chain.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
-    chain.append(TemperatureLogitsWarper(params.temperature))
-    if params.top_k:
-        chain.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1.0:
-        chain.append(TopPLogitsWarper(params.top_p))
-    return chain(torch.tensor([seen], dtype=torch.long), logits[None].clone())[0].softmax(-1)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -82,7 +50,7 @@ def test_the_kept_tokens_and_their_probabilities_are_transformers(spread: float,
     logits = make_logits(1, seed, spread)[0]
     seen = (*range(0, 40, 3), int(logits.argmax()), int(logits.argmin()), 3, 3)
     params = SamplingParams(**fields)
-    expected, got = theirs(logits, params, seen), ours(logits, params, seen)
+    expected, got = theirs(logits, row(seen=seen, index=0, **fields)), ours(logits, params, seen)
     tiny = torch.finfo(torch.float32).tiny
     assert torch.equal(got > tiny, expected > tiny), f"{int((got > 0).sum())} kept, not {int((expected > 0).sum())}"
     torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
@@ -93,7 +61,7 @@ def test_what_ties_with_the_kth_best_is_kept_as_in_transformers(top_k: int) -> N
     for step in (0.125, 1.0, 4.0):
         logits = (make_logits(1, top_k)[0] / step).round() * step
         params = SamplingParams(temperature=1.0, top_k=top_k)
-        expected = theirs(logits, params, ())
+        expected = theirs(logits, row(temperature=1.0, top_k=top_k))
         assert int((expected > 0).sum()) >= top_k
         torch.testing.assert_close(ours(logits, params, ()), expected)
 
@@ -142,13 +110,12 @@ WAYS = {
 @pytest.mark.parametrize("over", ["seeds", "positions"])
 def test_draws_follow_the_distribution(way: str, over: str) -> None:
     logits, seen = make_logits(1, 5, spread=2.0, vocab=80)[0], (1, 2, 3)
-    params = SamplingParams(**WAYS[way])
     rows = [
         row(seed=i, seen=seen, **WAYS[way]) if over == "seeds" else row(seed=77, index=i, seen=seen, **WAYS[way])
         for i in range(DRAWS)
     ]
     tokens = sample(logits.expand(DRAWS, -1), rows).token_ids
-    statistic, freedom = chi_square(tokens, theirs(logits, params, seen))
+    statistic, freedom = chi_square(tokens, theirs(logits, rows[0]))
     assert freedom >= 5, "a vain test: too few tokens are left"
     assert statistic < critical(freedom), f"chi-square {statistic:.1f} with {freedom} degrees of freedom"
 
@@ -193,6 +160,9 @@ MIX = [
     {}, {"temperature": 1.0}, {"temperature": 0.7, "top_k": 5}, {"temperature": 1.0, "top_k": 50},
     {"temperature": 1.0, "top_p": 0.9}, {"temperature": 3.0, "top_p": 0.99}, {"temperature": 1.0, "top_k": 400},
     {"temperature": 1.0, "repetition_penalty": 1.3}, {"temperature": 0.8, "top_k": 60, "top_p": 0.7},
+    {"temperature": 1.0, "typical_p": 0.6}, {"temperature": 1.5, "top_k": 90, "top_p": 0.9, "typical_p": 0.5},
+    {"frequency_penalty": 0.7, "presence_penalty": 0.5, "top_logprobs": 4}, {"min_tokens": 40, "temperature": 0.9},
+    {"logit_bias": ((3, 5.0), (9, -100.0)), "temperature": 1.0, "top_logprobs": 2},
 ]  # fmt: skip
 
 
@@ -200,11 +170,17 @@ MIX = [
 def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
     logits = make_logits(len(MIX), 11).to(dtype).float()
     for seed in range(12):
-        rows = [row(seed=seed, index=i, seen=(1, 2), logprobs=True, **params) for i, params in enumerate(MIX)]
+        rows = [
+            row(seed=seed, index=i, seen=(1, 2), output=(2, 2, 5), logprobs=True, **params)
+            for i, params in enumerate(MIX)
+        ]
         mixed = sample(logits, rows)
         alone = [sample(logits[i : i + 1], rows[i : i + 1]) for i in range(len(rows))]
         assert mixed.token_ids == [one.token_ids[0] for one in alone], f"seed {seed}"
         assert mixed.logprobs == pytest.approx([one.logprobs[0] for one in alone], abs=1e-5)
+        if _native:
+            assert mixed.logprobs == [one.logprobs[0] for one in alone]
+            assert mixed.top_logprobs == [one.top_logprobs[0] if one.top_logprobs else () for one in alone]
 
 
 def test_logprobs_are_of_the_raw_logits_whatever_the_sampling() -> None:

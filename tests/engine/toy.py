@@ -36,6 +36,7 @@ class ToyRunner:
         self.batches: list[Batch] = []
         self.say: Callable[[Sequence], int] = lambda sequence: len(sequence.output_ids) % 26
         self.fail: Exception | None = None
+        self.prompt_logprob = -1.5  # of every prompt token
 
     def run(self, batch: Batch) -> Sampled:
         self.batches.append(batch)
@@ -45,7 +46,9 @@ class ToyRunner:
             error, self.fail = self.fail, None
             raise error
         tokens = [self.say(sequence) for sequence in batch.sampled]
-        prompts = [TokenLogprobs([-1.5] * item.num_told, [((7, -1.25),)] * item.num_told) for item in batch.told]
+        prompts = [
+            TokenLogprobs([self.prompt_logprob] * item.num_told, [((7, -1.25),)] * item.num_told) for item in batch.told
+        ]
         return Sampled(tokens, [-0.5] * len(tokens), [((3, -0.25),)] * len(tokens), prompts)
 
 

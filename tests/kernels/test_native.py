@@ -9,7 +9,7 @@ from adapters.adapter import Adapter, LoraPair, ModuleKey
 from adapters.lora.reference import add_lora
 from kernels import reference
 from kernels.build import library
-from kernels.native import Native, NativeUnavailable
+from kernels.native import Edits, Native, NativeUnavailable
 
 pytestmark = pytest.mark.skipif(not library().is_file(), reason="no C++ compiler built the kernels")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -187,12 +187,12 @@ def test_a_composed_row_does_not_depend_on_its_neighbours(native: Native, dtype:
 def choose(native: Native, logits: torch.Tensor, **settings: float) -> list[int]:
     """Tokens of equal rows under uniform numbers spread evenly over [0, 1)."""
     n = len(logits)
-    full = {"temperature": 1.0, "top_k": float(logits.shape[1]), "top_p": 1.0} | settings
+    full = {"temperature": 1.0, "top_k": float(logits.shape[1]), "top_p": 1.0, "typical_p": 1.0} | settings
     return native.choose(
         logits, torch.ones(n), torch.zeros(0, dtype=torch.int64), torch.zeros(n + 1, dtype=torch.int64),
         torch.full((n,), full["temperature"]), torch.full((n,), int(full["top_k"])),
         torch.full((n,), full["top_p"]), (torch.arange(n, dtype=torch.float64) + 0.5) / n,
-        torch.zeros(n, dtype=torch.int64),
+        torch.zeros(n, dtype=torch.int64), torch.full((n,), full["typical_p"]),
     )[0]  # fmt: skip
 
 
@@ -223,3 +223,49 @@ def test_choose_survives_what_is_not_finite(native: Native) -> None:
             assert all(0 <= token < 101 for token in (tokens[0], tokens[2]))
             alone = choose(native, torch.stack([logits[0], logits[0], logits[2]]), **settings)
             assert (tokens[0], tokens[2]) == (alone[0], alone[2])
+
+
+@pytest.mark.parametrize("typical_p", [0.01, 0.3, 0.9])
+def test_choose_draws_what_is_typical(native: Native, typical_p: float) -> None:
+    torch.manual_seed(6)
+    vocab, n = 203, 4001
+    row = 2 * torch.randn(vocab)
+    probs = reference.typical_probabilities(row, typical_p)
+    tokens = torch.tensor(choose(native, row.repeat(n, 1), typical_p=typical_p))
+    counts = tokens.bincount(minlength=vocab)
+    assert 0 < int((probs > 0).sum()) < vocab
+    assert (counts - n * probs).abs().max() <= 1.5
+    assert counts[probs == 0].sum() == 0
+
+
+def test_choose_edits_before_and_after_the_penalty(native: Native) -> None:
+    """(score + added) penalised - taken; row 1 has no edits, and all of row 2's tokens are banned."""
+    n, vocab = 3, 37
+    logits = torch.full((n, vocab), -1.0)
+    logits[:, 4], logits[:, 9] = 3.0, 2.5
+    ids = torch.tensor([4, 9, 11, *range(vocab)])
+    added = torch.tensor([0.0, 4.0, 5.0, *[1.0] * vocab])
+    taken = torch.tensor([0.5, 3.0, 0.0, *[torch.inf] * vocab])
+    tokens, _ = native.choose(
+        logits, torch.tensor([2.0, 2.0, 1.0]), torch.tensor([11, 4]), torch.tensor([0, 1, 2, 2]), torch.zeros(n),
+        torch.full((n,), vocab), torch.ones(n), torch.zeros(n, dtype=torch.float64), torch.zeros(n, dtype=torch.int64),
+        edits=Edits(ids, torch.tensor([0, 3, 3, 3 + vocab]), added, taken),
+    )  # fmt: skip
+    assert tokens == [9, 9, -2]  # 3.5 beats 2.5 and (-1 + 5) / 2; then 2.5 beats 3 / 2
+
+
+@pytest.mark.parametrize("vocab", [1, 3, 37, 50257])
+def test_logprobs_and_the_best_tokens(native: Native, vocab: int) -> None:
+    torch.manual_seed(7)
+    raw = (4 * torch.randn(5, vocab)).to(torch.bfloat16).float()  # full of ties
+    tokens, counts = torch.randint(vocab, (5,)), torch.tensor([0, 1, 5, 20, 3]).clamp(max=vocab)
+    at, ids, best = native.logprobs(raw, tokens, counts)
+    expected = raw.double().log_softmax(-1)
+    assert (at - expected.gather(1, tokens[:, None])[:, 0]).abs().max() < 1e-6
+    for r, count in enumerate(counts.tolist()):
+        order = raw[r].sort(descending=True, stable=True).indices[:count]
+        assert torch.equal(ids[r, :count], order)
+        assert count == 0 or (best[r, :count] - expected[r, order]).abs().max() < 1e-6
+        alone = native.logprobs(raw[r : r + 1], tokens[r : r + 1], counts[r : r + 1])
+        assert alone[0] == at[r], "a row doesn't depend on its neighbours"
+        assert torch.equal(alone[2][0], best[r, :count])
