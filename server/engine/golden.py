@@ -4,6 +4,7 @@ What is compared, and where the tolerances come from: docs/decisions/0009-golden
 """
 
 import logging
+import math
 import time
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from server.engine.scheduler import Scheduler
 from server.engine.types import FinishReason, Request, SamplingParams, Sequence
 
 logger = logging.getLogger(__name__)
+CONTENDERS = 8
+"""The golden token has to be among so many best ones."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ class GoldenReplay:
             count = min(len(prompt.token_ids), self._max_model_len - len(prompt.prompt_token_ids))
             if count < 1:
                 continue
-            params = SamplingParams(max_tokens=count, ignore_eos=True, logprobs=True)
+            params = SamplingParams(max_tokens=count, ignore_eos=True, logprobs=True, top_logprobs=CONTENDERS)
             request = Request(f"golden/{ref.digest}/{i}", prompt.prompt_token_ids, params, alone(ref), time.monotonic())
             parts.append((i, prompt, Sequence(request, proof=True)))
         return _Proof(ref, tuple(parts))
@@ -116,19 +119,21 @@ class GoldenReplay:
     def _judge(self, proof: _Proof) -> AdapterError | None:
         """What doesn't match, in the order of the file; else why a part could not be computed; else None.
 
-        A token's logprob must be within the tolerance of the golden one, and so must another token's: where the best
-        two are that close either may come first. What follows is another text, which isn't compared.
+        The golden token's logprob must be within the tolerance of what it was, whether it came first or not: where the
+        best lie that close together, another one may. What follows that is another text, which isn't compared.
         """
         failed: AdapterError | None = None
         gaps: list[tuple[float, str]] = []  # nats, and where and what
         for i, prompt, sequence in proof.parts:
             for at, token in enumerate(sequence.output_ids):
-                logprob = sequence.logprobs[at]
+                golden, best = prompt.token_ids[at], sequence.logprobs[at]
+                logprob = best if token == golden else dict(sequence.top_logprobs[at]).get(golden, -math.inf)
                 gap = abs(logprob - prompt.logprobs[at])
-                gaps.append((gap, f"{_where(i, prompt, at)}, got {token} ({logprob:.3f})"))
-                if not gap <= self.tolerance.token:  # NaN isn't, either
+                ahead = best - logprob  # at most twice the tolerance where golden was the best, too
+                gaps.append((gap, f"{_where(i, prompt, at)}, got {token} ({best:.3f})"))
+                if not (gap <= self.tolerance.token and ahead <= 2 * self.tolerance.token):  # NaN isn't, either
                     return _mismatch(f"{gaps[-1][1]}, tolerance {self.tolerance.token:g}")
-                if token != prompt.token_ids[at]:
+                if token != golden:
                     break
             else:
                 if sequence.diverged:

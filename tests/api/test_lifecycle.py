@@ -321,11 +321,8 @@ def test_json_for_validation_is_as_small_as_any(lifecycle: ServerProcess) -> Non
 def test_one_of_several_loads_of_a_new_name_succeeds(lifecycle: ServerProcess) -> None:
     with ThreadPoolExecutor(3) as pool:
         load = {"lora_name": "raced", "is_3d_lora_weight": False}
-        answers = list(
-            pool.map(
-                lambda path: post(lifecycle, "/v1/load_lora_adapter", lora_path=path, **load), ["one", "two", "three"]
-            )
-        )
+        route, paths = "/v1/load_lora_adapter", ["one", "two", "three"]
+        answers = list(pool.map(lambda path: post(lifecycle, route, lora_path=path, **load), paths))
     assert sorted(answer.status_code for answer in answers) == [200, 400, 400]
     assert all("load_inplace" in answer.text for answer in answers if answer.status_code == 400)
     assert len(show(lifecycle, "raced")["versions"]) == 1

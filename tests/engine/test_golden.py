@@ -8,7 +8,7 @@ import torch
 
 from adapters.golden import Golden, GoldenPrompt
 from adapters.status import AdapterStatus
-from server.engine.types import DIVERGED, ErrorKind, FinishReason, Sequence, SequenceOutput
+from server.engine.types import DIVERGED, ErrorKind, FinishReason, Sequence, SequenceOutput, TopTokens
 from tests.engine.toy import EOS, Toy, Toys, ref
 
 
@@ -81,8 +81,18 @@ def test_an_adapter_that_says_something_else_is_refused(toys: Toys, made: Golden
 def test_a_tie_is_excused_and_what_follows_it_is_not_compared(toys: Toys) -> None:
     toy = toys()
     toy.golden["a"] = golden(9, 9, logprob=-0.5004)
+    toy.runner.best = ((0, -0.5), (9, -0.5004))
     toy.add("r", "a")
     assert toy.run()["r"].error is None
+
+
+@pytest.mark.parametrize("best", [((0, -0.5), (8, -0.5)), ((0, -0.5), (9, -0.6)), ((0, -0.5), (9, -0.503))])
+def test_another_token_as_likely_is_no_tie_unless_the_golden_one_is(toys: Toys, best: TopTokens) -> None:
+    toy = toys()
+    toy.golden["a"] = golden(9, 9, logprob=best[-1][1] if best[-1] == (9, -0.503) else -0.5)
+    toy.runner.best = best
+    toy.add("r", "a")
+    assert "token 0: expected 9" in (toy.run()["r"].error or "")
 
 
 def test_others_are_not_held_up_and_it_is_loading_and_pinned(toys: Toys) -> None:

@@ -13,7 +13,7 @@ from adapters.golden import Golden
 from adapters.residency import Residency
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
-from server.engine.types import Batch, Sampled, Sequence, SequenceOutput, TokenLogprobs
+from server.engine.types import Batch, Sampled, Sequence, SequenceOutput, TokenLogprobs, TopTokens
 from tests.oracle import request, run
 
 EOS = 99
@@ -37,6 +37,7 @@ class ToyRunner:
         self.say: Callable[[Sequence], int] = lambda sequence: len(sequence.output_ids) % 26
         self.fail: Exception | None = None
         self.prompt_logprob = -1.5  # of every prompt token
+        self.best: TopTokens = ((3, -0.25),)  # of every output token
 
     def run(self, batch: Batch) -> Sampled:
         self.batches.append(batch)
@@ -49,7 +50,7 @@ class ToyRunner:
         prompts = [
             TokenLogprobs([self.prompt_logprob] * item.num_told, [((7, -1.25),)] * item.num_told) for item in batch.told
         ]
-        return Sampled(tokens, [-0.5] * len(tokens), [((3, -0.25),)] * len(tokens), prompts)
+        return Sampled(tokens, [-0.5] * len(tokens), [self.best] * len(tokens), prompts)
 
 
 class Toy:
