@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 _CODES = {"unauthorized": "invalid_api_key", "overloaded": "rate_limit_exceeded"}  # OpenAI's words for our types
+_MAX_TOLD = 8  # problems of one body
 _BY_STATUS = {401: "unauthorized", 404: "not_found", 405: "method_not_allowed", 413: "validation", 422: "validation"}
 
 
@@ -150,7 +151,7 @@ def install_handlers(app: FastAPI) -> None:
         problems = error.errors()
         if any(tuple(problem["loc"]) == ("body",) for problem in problems) and (told := _wrong_content_type(request)):
             return await on_api_error(request, ApiError(422, "validation", told))
-        explained, param = "; ".join(map(_explain, problems)), _where(problems[0]) if problems else ""
+        explained, param = "; ".join(map(_explain, problems[:_MAX_TOLD])), _where(problems[0]) if problems else ""
         return await on_api_error(request, ApiError(422, "validation", explained, param=param))
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:

@@ -221,7 +221,7 @@ def sampling_params(
         max_tokens=max_tokens,
         temperature=temperature,
         top_k=max(0, body.top_k or 0),
-        top_p=body.top_p or 1.0,
+        top_p=1.0 if body.top_p is None else body.top_p,
         repetition_penalty=body.repetition_penalty or 1.0,
         frequency_penalty=body.frequency_penalty or 0.0,
         presence_penalty=body.presence_penalty or 0.0,

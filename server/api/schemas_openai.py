@@ -3,7 +3,6 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, PlainValidator
@@ -24,14 +23,11 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 _STRICT = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
 
-@dataclass(frozen=True, init=False)
 class Only:
     """Marks a known field that isn't supported: null and these values change nothing, any other is refused by name."""
 
-    neutral: tuple[Any, ...]
-
     def __init__(self, *neutral: Any) -> None:
-        object.__setattr__(self, "neutral", neutral)
+        self.neutral = neutral
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_plain_validator_function(self._check)
@@ -108,6 +104,20 @@ def _biases(value: Any) -> tuple[tuple[int, float], ...]:
     return tuple(biases)
 
 
+def _content(value: Any) -> str:
+    """A text, or the texts of several parts, each on lines of its own."""
+    if isinstance(value, str):
+        return _text(value)
+    texts: list[str] = []
+    for part in cast("list[Any]", value) if isinstance(value, list) else [value]:
+        known: dict[str, Any] = cast("dict[str, Any]", part) if isinstance(part, dict) else {}
+        said = known.get("text")
+        if known.keys() != {"type", "text"} or known["type"] != "text" or not isinstance(said, str):
+            raise ValueError(f'{brief(part)} is no text; expected one, or parts {{"type": "text", "text": ...}}')
+        texts.append(_text(said))
+    return "\n".join(texts)
+
+
 _STRING = {"type": "string"}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 
@@ -129,7 +139,14 @@ _BIAS = {
 }
 _TEXTS = _list(_STRING, MAX_SEQUENCES) | {"minItems": 1}
 _ID_LISTS = _list(_IDS, MAX_SEQUENCES) | {"minItems": 1}
+_PART = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": _STRING},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
 
+Content = Annotated[str, PlainValidator(_content), Shown({"anyOf": [_STRING, {"type": "array", "items": _PART}]})]
 Prompts = Annotated[
     tuple[str | tuple[int, ...], ...], PlainValidator(_prompts), _schema(_STRING, _TEXTS, _IDS, _ID_LISTS)
 ]
@@ -164,8 +181,8 @@ class SamplingFields(BaseModel):
     stream: bool | None = Field(default=None, description="Server-sent events as the text arises.")
     stream_options: StreamOptions | None = None
     temperature: float | None = Field(default=None, ge=0, le=100, description="1 if null; 0 is greedy.")
-    top_p: float | None = Field(default=None, gt=0, le=1, description="Off if null or 1.")
-    top_k: int | None = Field(default=None, ge=-1, description="Off if null, 0 or -1.")
+    top_p: float | None = Field(default=None, ge=0, le=1, description="Off if null or 1; 0 keeps the best token alone.")
+    top_k: int | None = Field(default=None, ge=-1, lt=2**31, description="Off if null, 0 or -1.")
     seed: int | None = Field(
         default=None, ge=-(2**63), le=MAX_SEED, description="Repeats a sampled text; drawn if null."
     )
@@ -180,9 +197,7 @@ class SamplingFields(BaseModel):
     )
     logit_bias: Biases = Field(default=(), description="Token id -> what is added to its score, -100 to 100.")
     ignore_eos: bool | None = Field(default=None, description="Go on to max_tokens.")
-    min_tokens: int | None = Field(
-        default=None, ge=0, description="Neither EOS nor a stop string ends the text sooner."
-    )
+    min_tokens: int | None = Field(default=None, ge=0, description="Neither EOS nor a stop string ends it sooner.")
     user: Text | None = Field(default=None, description="Changes nothing.")
     metadata: Annotated[None, Only({})] = None
     response_format: Annotated[None, Only({"type": "text"})] = None
@@ -229,33 +244,19 @@ class CompletionRequest(SamplingFields):
     suffix: Annotated[None, Only()] = None
 
 
-class TextPart(BaseModel):
-    """One part of a message's content."""
-
-    model_config = _STRICT
-
-    type: Literal["text"]
-    text: Text
-
-
 class ChatMessage(BaseModel):
     """One message; only its content reaches the model."""
 
     model_config = _STRICT
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart]
+    content: Content
     name: Annotated[None, Only()] = None
     refusal: Annotated[None, Only()] = None
     annotations: Annotated[None, Only([])] = None
     audio: Annotated[None, Only()] = None
     tool_calls: Annotated[None, Only([])] = None
     function_call: Annotated[None, Only()] = None
-
-    @property
-    def text(self) -> str:
-        """Its content; parts stand on lines of their own."""
-        return self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
 
 
 class ChatRequest(SamplingFields):
@@ -298,4 +299,4 @@ class ChatRequest(SamplingFields):
     @property
     def prompt(self) -> str:
         """The plain template: the contents, a line break between two. GPT-2 has no chat template of its own."""
-        return "\n".join(message.text for message in self.messages)
+        return "\n".join(message.content for message in self.messages)
