@@ -183,9 +183,7 @@ class SamplingFields(BaseModel):
     temperature: float | None = Field(default=None, ge=0, le=100, description="1 if null; 0 is greedy.")
     top_p: float | None = Field(default=None, ge=0, le=1, description="Off if null or 1; 0 keeps the best token alone.")
     top_k: int | None = Field(default=None, ge=-1, lt=2**31, description="Off if null, 0 or -1.")
-    seed: int | None = Field(
-        default=None, ge=-(2**63), le=MAX_SEED, description="Repeats a sampled text; drawn if null."
-    )
+    seed: int | None = Field(default=None, ge=-(2**63), le=MAX_SEED, description="Repeats a text; drawn if null.")
     frequency_penalty: float | None = Field(
         default=None, ge=-2, le=2, description="Off a token's score for each time that the output has it; 0 if null."
     )
