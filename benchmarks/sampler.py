@@ -9,7 +9,8 @@ from functools import partial
 import torch
 
 from benchmarks.common import CPU, alternate, emit, median, parser
-from server.engine.sampler import SamplingRow, sample
+from server.engine.penalties import SamplingRow
+from server.engine.sampler import sample
 from server.engine.types import SamplingParams
 from server.model.backend import choose_backend
 

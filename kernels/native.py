@@ -39,6 +39,16 @@ class PackedLinear:
         return self.data.data_ptr(), None if self.bias is None else self.bias.data_ptr()
 
 
+@dataclass(frozen=True)
+class Edits:
+    """What is added to some tokens' scores before the repetition penalty, and taken from them after it; E in all."""
+
+    ids: torch.Tensor  # [E] int64, each once in a row
+    ids_from: torch.Tensor  # [S + 1] int64: row r has ids[ids_from[r]:ids_from[r + 1]]
+    added: torch.Tensor  # [E] fp32
+    taken: torch.Tensor  # [E] fp32; inf bans the token
+
+
 class Native:
     """The kernels of one instruction set."""
 
@@ -72,7 +82,8 @@ class Native:
         self._linear = {(dtype, dtype): f(f"linear_{s}", linear) for dtype, s in _SUFFIX.items()}
         self._linear[torch.bfloat16, torch.float32] = f("linear_bf16_f32", linear)
         self._attend = {dtype: f(f"attend_{s}", attend) for dtype, s in _SUFFIX.items()}
-        self._choose = f("choose", [c_void_p, c_int64, c_int64, *[c_void_p] * 10])
+        self._choose = f("choose", [c_void_p, c_int64, c_int64, *[c_void_p] * 15])
+        self._logprobs = f("logprobs", [c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int64, *[c_void_p] * 3])
         norm = [*[c_void_p] * 4, c_float, c_void_p, c_int64, c_int64]
         self._norm = {dtype: f(f"norm_{s}", norm) for dtype, s in _SUFFIX.items()}
         self._gelu = {dtype: f(f"gelu_{s}", [c_void_p, c_int64]) for dtype, s in _SUFFIX.items()}
@@ -149,19 +160,42 @@ class Native:
     def choose(
         self, raw: torch.Tensor, penalty: torch.Tensor, seen: torch.Tensor, seen_from: torch.Tensor,
         temperature: torch.Tensor, top_k: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor,
-        wanted: torch.Tensor,
+        wanted: torch.Tensor, typical_p: torch.Tensor | None = None, edits: Edits | None = None,
     ) -> tuple[list[int], list[float]]:  # fmt: skip
-        """The next token of each row, -1 if the row holds NaN or inf; its log-softmax where wanted, elsewhere 0.
+        """The next token of each row and its log-softmax where wanted, elsewhere 0.
 
-        raw [S, V] fp32 contiguous; penalty [S] fp32, of row r's tokens seen[seen_from[r]:seen_from[r + 1]] (int64);
-        temperature [S] fp32, 0 is greedy; top_k [S] int64, V or more is off; top_p [S] fp32, 1 or more is off;
-        uniform [S] fp64 in [0, 1); wanted [S] int64, 0 or 1.
+        The token is -1 where the row holds NaN or its largest is infinite, -2 where it does so after its edits.
+
+        raw [S, V] fp32 contiguous; penalty [S] fp32, of row r's tokens seen[seen_from[r]:seen_from[r + 1]] (int64, each
+        once); temperature [S] fp32, 0 is greedy; top_k [S] int64, V or more is off; top_p and typical_p [S] fp32, 1 or
+        more is off; uniform [S] fp64 in [0, 1); wanted [S] int64, 0 or 1.
         """
         tokens = torch.empty(len(raw), dtype=torch.int64)
         logprobs = torch.empty(len(raw), dtype=torch.float64)
-        parts = (penalty, seen, seen_from, temperature, top_k, top_p, uniform, wanted, tokens, logprobs)
-        self._choose(raw.data_ptr(), *raw.shape, *(part.data_ptr() for part in parts))
+        changed = (None,) * 4 if edits is None else (edits.ids, edits.ids_from, edits.added, edits.taken)
+        parts = (
+            penalty, seen, seen_from, temperature, top_k, top_p, typical_p, *changed, uniform, wanted, tokens, logprobs
+        )  # fmt: skip
+        self._choose(raw.data_ptr(), *raw.shape, *(None if part is None else part.data_ptr() for part in parts))
         return [int(t) for t in tokens.numpy()], [float(p) for p in logprobs.numpy()]
+
+    def logprobs(
+        self, raw: torch.Tensor, tokens: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Log-softmax of each row at its token [S], and its counts[r] best tokens with theirs [S, max(counts)] twice.
+
+        Best first, equals by id. NaN, and no best ones, where the row holds NaN or its largest is infinite.
+        raw [S, V] fp32 contiguous; tokens, counts [S] int64, counts 0..V. Results are int64 and fp64.
+        """
+        most = max((int(count) for count in counts.numpy()), default=0)
+        at = torch.empty(len(raw), dtype=torch.float64)
+        ids = torch.empty(len(raw), most, dtype=torch.int64)
+        best = torch.empty(len(raw), most, dtype=torch.float64)
+        self._logprobs(
+            raw.data_ptr(), *raw.shape, tokens.data_ptr(), counts.data_ptr(), most, at.data_ptr(), ids.data_ptr(),
+            best.data_ptr(),
+        )  # fmt: skip
+        return at, ids, best
 
     def _function(self, name: str, arguments: Sequence[type]) -> Callable[..., None]:
         function = getattr(self._lib, f"chorus_{name}")

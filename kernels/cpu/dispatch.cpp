@@ -75,6 +75,11 @@ LORA(f32, float)
 LORA(bf16, bf16)
 EXPORT(choose,
        (SELF, const float* raw, int64_t S, int64_t V, const float* penalty, const int64_t* seen, const int64_t* from,
-        const float* t, const int64_t* k, const float* p, const double* u, const int64_t* wanted, int64_t* tokens,
-        double* logprobs),
-       (raw, S, V, penalty, seen, from, t, k, p, u, wanted, tokens, logprobs))
+        const float* t, const int64_t* k, const float* p, const float* typical, const int64_t* ids,
+        const int64_t* ids_from, const float* added, const float* taken, const double* u, const int64_t* wanted,
+        int64_t* tokens, double* logprobs),
+       (raw, S, V, penalty, seen, from, t, k, p, typical, ids, ids_from, added, taken, u, wanted, tokens, logprobs))
+EXPORT(logprobs,
+       (SELF, const float* raw, int64_t S, int64_t V, const int64_t* tokens, const int64_t* count, int64_t most,
+        double* at, int64_t* ids, double* best),
+       (raw, S, V, tokens, count, most, at, ids, best))

@@ -23,6 +23,7 @@ constexpr bool DOT = false;
 #include "elementwise.h"
 #include "lora.h"
 #include "sampling.h"
+#include "logprobs.h"
 
 }  // namespace
 
@@ -35,5 +36,5 @@ const Kernels KERNELS(ISA) = {
     norm<float>, norm<bf16>,
     gelu<float>, gelu<bf16>,
     lora<float>, lora<bf16>,
-    choose,
+    choose, logprobs,
 };

@@ -52,7 +52,11 @@ using Lora = void (*)(const T* x, int64_t ldx, T* y, int64_t ldy, const int64_t*
 
 using Choose = void (*)(const float* raw, int64_t S, int64_t V, const float* penalty, const int64_t* seen,
                         const int64_t* seen_from, const float* temperature, const int64_t* top_k, const float* top_p,
-                        const double* uniform, const int64_t* wanted, int64_t* tokens, double* logprobs);
+                        const float* typical_p, const int64_t* ids, const int64_t* ids_from, const float* added,
+                        const float* taken, const double* uniform, const int64_t* wanted, int64_t* tokens,
+                        double* logprobs);
+using Logprobs = void (*)(const float* raw, int64_t S, int64_t V, const int64_t* tokens, const int64_t* count,
+                          int64_t most, double* at, int64_t* ids, double* best);
 
 struct Kernels {
   const char* isa;
@@ -71,6 +75,7 @@ struct Kernels {
   Lora<float> lora_f32;
   Lora<bf16> lora_bf16;
   Choose choose;
+  Logprobs logprobs;
 };
 
 #define STRING_OF(text) #text

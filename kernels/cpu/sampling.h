@@ -14,11 +14,17 @@ struct Weighed {
   float w;
   int64_t id;
 };
+struct Typical {
+  double far;  // of its surprise from the expected one
+  float w;
+  int64_t id;
+};
 
 struct Scratch {
   std::vector<float> w, scores;
   std::vector<int32_t> ids;  // of the tokens that are heavy enough to be looked at
   std::vector<Weighed> bucket;
+  std::vector<Typical> near;
   std::vector<float> maxima;
   double mass[2][BUCKETS];  // two of each: neighbours often fall into the same bucket and would wait for each other
   int32_t count[2][BUCKETS];
@@ -67,6 +73,34 @@ struct Scratch {
       w[bucket[i].id] = bucket[i].w;
       held += bucket[i].w;
     }
+  }
+
+  // Keeps the tokens whose surprise lies nearest to the expected one until they hold `enough` of `all`, with all that lie
+  // as near as the last; zeroes the others (Meister et al. 2022). Surprises differ as the scores x do.
+  void keep_typical(const float* x, int64_t V, double enough, double all) {
+    double mean = 0;
+    for (int64_t i = 0; i < V; i++)
+      if (w[i] > 0) mean += w[i] / all * x[i];
+    near.clear();
+    for (int64_t i = 0; i < V; i++)
+      if (w[i] > 0) near.push_back({std::abs(x[i] - mean), w[i], i});
+    auto from = near.begin(), to = near.end();  // the last one kept is among these, `held` lies before
+    double held = 0;
+    while (to - from > 1) {
+      auto middle = from + (to - from) / 2;
+      std::nth_element(from, middle, to, [](const Typical& a, const Typical& b) { return a.far < b.far; });
+      double mass = 0;
+      for (auto i = from; i < middle; i++) mass += i->w;
+      if (held + mass >= enough) {
+        to = middle;
+      } else {
+        held += mass;
+        from = middle;
+      }
+    }
+    double limit = from->far;
+    for (const Typical& each : near)
+      if (each.far > limit) w[each.id] = 0;
   }
 
   // At least `most` tokens weigh as much as this: the most-th largest of the maxima of blocks, 0 if there are fewer blocks.
@@ -150,30 +184,52 @@ static int64_t draw(const float* w, int64_t V, double target) {
   return last;
 }
 
-// The row with its seen tokens penalised: positive scores divided, others multiplied.
-static const float* penalised(const float* row, int64_t V, float penalty, const int64_t* seen, const int64_t* end,
-                              std::vector<float>& scores) {
-  if (seen == end) return row;
-  scores.assign(row, row + V);
-  for (; seen < end; seen++) scores[*seen] = row[*seen] < 0 ? row[*seen] * penalty : row[*seen] / penalty;
-  return scores.data();
-}
+// Log-softmax of a score, of the row's largest and the log of the sum of exp(score - largest).
+static inline double log_softmax(float x, float top, double log_sum) { return (double)x - top - log_sum; }
 
-// raw [S, V]; per row: penalty of the tokens seen[seen_from[r]] .. seen[seen_from[r + 1]], temperature (0: greedy), top_k
-// (V: off), top_p (>= 1: off), a uniform number. Writes tokens [S], -1 for a raw row that isn't sane, and, where wanted,
-// log-softmax of the raw row at the token.
+// What the scores are changed by before a token is chosen, for row r at from[r] .. from[r + 1].
+struct Changes {
+  const int64_t *seen, *seen_from;  // each once; positive scores are divided by the penalty, others multiplied
+  const float* penalty;             // [S]
+  const int64_t *ids, *ids_from;    // each once; null: none
+  const float *added, *taken;       // before the penalty, after it
+
+  bool edits(int64_t r) const { return ids_from != nullptr && ids_from[r] < ids_from[r + 1]; }
+
+  const float* apply(const float* row, int64_t r, int64_t V, std::vector<float>& scores) const {
+    if (seen_from[r] == seen_from[r + 1] && !edits(r)) return row;
+    scores.assign(row, row + V);
+    if (edits(r))
+      for (int64_t i = ids_from[r]; i < ids_from[r + 1]; i++) scores[ids[i]] += added[i];
+    for (int64_t i = seen_from[r]; i < seen_from[r + 1]; i++) {
+      float& score = scores[seen[i]];
+      score = score < 0 ? score * penalty[r] : score / penalty[r];
+    }
+    if (edits(r))
+      for (int64_t i = ids_from[r]; i < ids_from[r + 1]; i++) scores[ids[i]] -= taken[i];
+    return scores.data();
+  }
+};
+
+// raw [S, V]; per row: changes, temperature (0: greedy), top_k (V: off), top_p (>= 1: off), typical_p (>= 1: off; null: off
+// for all), a uniform number. Writes tokens [S], -1 for a raw row that isn't sane, -2 for one that isn't after its edits,
+// and, where wanted, log-softmax of the raw row at the token.
 static void choose(const float* raw, int64_t S, int64_t V, const float* penalty, const int64_t* seen,
                    const int64_t* seen_from, const float* temperature, const int64_t* top_k, const float* top_p,
-                   const double* uniform, const int64_t* wanted, int64_t* tokens, double* logprobs) {
+                   const float* typical_p, const int64_t* ids, const int64_t* ids_from, const float* added,
+                   const float* taken, const double* uniform, const int64_t* wanted, int64_t* tokens, double* logprobs) {
+  const Changes changes = {seen, seen_from, penalty, ids, ids_from, added, taken};
 #pragma omp parallel for schedule(dynamic)
   for (int64_t r = 0; r < S; r++) {
     static thread_local Scratch scratch;
     scratch.w.resize(V + VL);
     float* w = scratch.w.data();
-    const float* x = penalised(raw + r * V, V, penalty[r], seen + seen_from[r], seen + seen_from[r + 1], scratch.scores);
+    const float* x = changes.apply(raw + r * V, r, V, scratch.scores);
     int64_t token = 0;
     if (!sane(raw + r * V, V)) {
       token = -1;
+    } else if (changes.edits(r) && !sane(x, V)) {
+      token = -2;
     } else if (temperature[r] == 0) {
       float top = largest(x, V)[0];
       while (token < V - 1 && x[token] != top) token++;
@@ -187,13 +243,17 @@ static void choose(const float* raw, int64_t S, int64_t V, const float* penalty,
         scratch.keep(V, V, top_p[r] * all, all);
         all = total(w, V);
       }
+      if (typical_p != nullptr && typical_p[r] < 1) {
+        scratch.keep_typical(x, V, typical_p[r] * all, all);
+        all = total(w, V);
+      }
       token = draw(w, V, uniform[r] * all);
     }
     tokens[r] = token;
     if (wanted[r] && token >= 0) {
       const float* y = raw + r * V;
       double all = weigh(y, V, 1.0f, w);
-      logprobs[r] = (double)y[token] - largest(y, V)[0] - std::log(all);
+      logprobs[r] = log_softmax(y[token], largest(y, V)[0], std::log(all));
     } else {
       logprobs[r] = 0;
     }

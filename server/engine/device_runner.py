@@ -4,7 +4,9 @@ A decoding step is one copy to the device, one graph, one copy back. Batches are
 works in a KV row of its own, on the base. Prompts are computed apart, after the decoding tokens, in the same step.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from itertools import accumulate
 
 import torch
@@ -16,9 +18,11 @@ from kernels.gpu.lora import LoraMeta, write_meta
 from kernels.gpu.sampling import choose
 from server.engine.cuda_graph import Capture, Graphs, buckets
 from server.engine.kv_cache import KVCache
-from server.engine.sampler import COLDEST, Sampled, uniform
+from server.engine.logprobs import prompt_logprobs
+from server.engine.penalties import SamplingRow
+from server.engine.sampler import COLDEST, choose_by_torch, needs_torch, uniform, with_top_logprobs
 from server.engine.step_buffers import DeviceInputs, StepInputs, StepOutputs
-from server.engine.types import Batch, ScheduledSequence
+from server.engine.types import Batch, Sampled, ScheduledSequence, Sequence, TokenLogprobs
 from server.model.gpt2 import GPT2, ForwardBatch, PromptChunk
 
 _LEAST_RANK = 16
@@ -39,6 +43,7 @@ class DeviceRunner:
         self._prompts = StepInputs(max_batch_tokens, device)
         self._outputs = StepOutputs(self._decode.capacity + self._padding_row, device)
         self._seen = torch.zeros(self._padding_row + 1, vocab, dtype=torch.uint8, device=device)  # for penalties
+        self._logits = torch.empty(self._decode.capacity, vocab, dtype=model.dtype, device=device)  # of the last decode
         self._one = torch.ones((), dtype=torch.uint8, device=device)
         self._lora = SlotLora(residency.arena, model.config.adapter_shape, residency.slots)
         self._graphs = Graphs(capture)
@@ -72,24 +77,45 @@ class DeviceRunner:
             self._targets |= targets
             self._decode.upload(rounds)
             self._run_decode(size, self._targets if rounds else targets, max_rank, rounds)
-        if prompts:
-            self._run_prompts(prompts)
-        count = sum(item.samples for item in prompts)
+        logits, told = self._run_prompts(prompts) if prompts else (self._logits[:0], [])
+        count = len(logits)
         # Also where nothing was sampled: when this returns the step has ended, the host's buffers may be written anew,
         # and adapters that it read may be evicted.
         tokens, logprobs = self._outputs.download()
         kept = [*range(len(decoding)), *range(self._decode.capacity, self._decode.capacity + count)]
-        return Sampled([tokens[i] for i in kept], [logprobs[i] for i in kept])
+        sampled = Sampled([tokens[i] for i in kept], [logprobs[i] for i in kept], prompts=told)
+        decoded = len(decoding)
+        return self._finish(
+            sampled, batch.sampled, lambda i: self._logits[i] if i < decoded else logits[i - decoded]
+        )  # fmt: skip
+
+    def _finish(self, sampled: Sampled, sequences: Seq[Sequence], logits_of: Callable[[int], torch.Tensor]) -> Sampled:
+        """What the graph can't do, for the rows that ask for it. logits_of: a row's logits [V]."""
+        params = [sequence.request.sampling_params for sequence in sequences]
+        again = [i for i, sequence in enumerate(sequences) if needs_torch(params[i], len(sequence.output_ids))]
+
+        def some(wanted: list[int]) -> torch.Tensor:
+            return torch.stack([logits_of(i) for i in wanted]).float()
+
+        if again:
+            rows = [SamplingRow.of(sequences[i], self._model.config.eos_token_id) for i in again]
+            tokens, logprobs = [*sampled.token_ids], [*sampled.logprobs]
+            for i, token, logprob in zip(again, *choose_by_torch(some(again), rows), strict=True):
+                tokens[i], logprobs[i] = token, logprob
+            sampled = replace(sampled, token_ids=tokens, logprobs=logprobs)
+        return with_top_logprobs(sampled, params, some)
 
     def _run_decode(self, size: int, targets: frozenset[str], max_rank: int, rounds: int) -> None:
         inputs = self._decode.views(size, size, rounds)
 
         def work() -> None:
-            self._forward(inputs, size, (), targets, max_rank, 0)
+            _, logits = self._forward(inputs, size, (), targets, max_rank, 0)
+            self._logits[:size] = logits
 
         self._graphs.run((size, targets, max_rank, rounds), work)
 
-    def _run_prompts(self, items: Seq[ScheduledSequence]) -> None:
+    def _run_prompts(self, items: Seq[ScheduledSequence]) -> tuple[torch.Tensor, list[TokenLogprobs]]:
+        """Logits of those that are sampled, and what is told of the prompts."""
         count, samples = sum(item.num_new_tokens for item in items), sum(item.samples for item in items)
         targets, max_rank, rounds = _shape(self._write(items, self._prompts, count))
         for item in items:
@@ -106,18 +132,21 @@ class DeviceRunner:
             chunks.append(PromptChunk(start, item.num_new_tokens, item.sequence.row, item.sequence.num_computed))
             start += item.num_new_tokens
         inputs = self._prompts.views(count, samples, rounds)
-        self._forward(inputs, 0, chunks, targets, max_rank, self._decode.capacity)
+        hidden, logits = self._forward(inputs, 0, chunks, targets, max_rank, self._decode.capacity)
+        told = [(item, chunk.start) for item, chunk in zip(items, chunks, strict=True) if item.num_told]
+        return logits, prompt_logprobs(told, lambda part: self._model.logits(hidden[part]).float())
 
     def _forward(
         self, inputs: DeviceInputs, num_decode: int, chunks: Seq[PromptChunk], targets: frozenset[str], max_rank: int,
         first: int,
-    ) -> None:  # fmt: skip
-        """Compute and sample; the results go to the outputs from `first` on."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+        """Compute and sample; the results go to the outputs from `first` on. Hidden states [N, d] and logits [S, V]."""
         batch = ForwardBatch(
             inputs.token_ids, inputs.positions, inputs.rows, num_decode, None, 0, tuple(chunks), inputs.output_index
         )
         lora = self._lora.batch([LoraMeta.of(meta) for meta in inputs.meta], targets, max_rank) if targets else None
-        logits = self._model.forward(batch, self._kv.k, self._kv.v, lora)  # [S, V]
+        hidden = self._model.hidden(batch, self._kv.k, self._kv.v, lora)
+        logits = self._model.logits(hidden[inputs.output_index])
         samples = len(inputs.output_index)
         if num_decode:  # each brings the token that was chosen for it last; before sampling, which may run again
             self._seen.index_put_((inputs.rows, inputs.token_ids), self._one)
@@ -127,6 +156,7 @@ class DeviceRunner:
                 inputs.uniform, inputs.wanted, torch.empty(logits.shape, device=logits.device),
                 self._outputs.tokens[first : first + samples], self._outputs.logprobs[first : first + samples],
             )  # fmt: skip
+        return hidden, logits
 
     def _write(self, items: Seq[ScheduledSequence], inputs: StepInputs, size: int) -> list[Mix]:
         """Fill the host's arrays for `size` tokens; what is left over after the items is padding. Their adapters."""

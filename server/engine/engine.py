@@ -1,6 +1,7 @@
 """The engine: add requests, step, collect tokens. Synchronous and single-threaded; knows nothing of HTTP or text."""
 
 import logging
+import math
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
@@ -53,7 +54,7 @@ class Engine:
         `rounded_logits`: they are computed in the model's type, not in fp32.
         """
         self.config, self.weight_bytes, self.backend = config, weight_bytes, backend
-        self._runner, self._residency = runner, residency
+        self._runner, self._residency, self._vocab_size = runner, residency, len(vocab)
         self._scheduler = Scheduler(config, residency, eos_token_id, vocab)
         self._golden = GoldenReplay(
             self._scheduler, residency, config.max_model_len, len(vocab), residency.arena.memory.dtype,
@@ -72,14 +73,15 @@ class Engine:
         return self._residency.loading or self._residency.changed
 
     def add_request(self, request: Request) -> None:
-        """Queue a request. Raises ValueError for a prompt that is empty or does not fit, and for adapters that can't be
-        composed (`check_composition`); the edge checks first."""
+        """Queue a request. Raises ValueError for a prompt that is empty or does not fit, a logit_bias that can't be
+        added, and adapters that can't be composed (`check_composition`); the edge checks first."""
         length = len(request.prompt_token_ids)
         if length < 1 or length + request.sampling_params.max_tokens > self.config.max_model_len:
             raise ValueError(
                 f"prompt of {length} tokens and max_tokens {request.sampling_params.max_tokens} "
                 f"don't fit into 1..{self.config.max_model_len} positions"
             )
+        self._check_logit_bias(request)
         check_composition(request.adapters)
         self._scheduler.add(Sequence(request))
 
@@ -115,6 +117,13 @@ class Engine:
         """Stop the adapter loading threads."""
         self._residency.close()
 
+    def _check_logit_bias(self, request: Request) -> None:
+        for token, bias in request.sampling_params.logit_bias:
+            if not 0 <= token < self._vocab_size:
+                raise ValueError(f"logit_bias names token {token}, the base has 0..{self._vocab_size - 1}")
+            if math.isnan(bias) or bias == math.inf:
+                raise ValueError(f"logit_bias of token {token} is {bias}, expected a number or -inf, which bans it")
+
     def _run(self, batch: Batch, start: float) -> None:
         for sequence in batch.sequences:
             if sequence.start_time is None:
@@ -130,7 +139,7 @@ class Engine:
                 sequence.error_kind = ErrorKind.GENERATION
                 self._scheduler.finish(sequence, FinishReason.ERROR)
             return
-        self._scheduler.update(batch, sampled.token_ids, sampled.logprobs, time.monotonic())
+        self._scheduler.update(batch, sampled, time.monotonic())
 
     def _stats(self, batch: Batch, seconds: float) -> StepStats:
         scheduler, loads = self._scheduler, self._residency.stats
@@ -208,6 +217,7 @@ def _output(sequence: Sequence) -> SequenceOutput:
     """What is new of a sequence since it was last asked."""
     sent, sequence.num_sent = sequence.num_sent, len(sequence.output_ids)
     arrival = sequence.request.arrival_time
+    first = sent == 0 and bool(sequence.output_ids)
     return SequenceOutput(
         sequence.request_id,
         tuple(sequence.output_ids[sent:]),
@@ -218,6 +228,9 @@ def _output(sequence: Sequence) -> SequenceOutput:
         sequence.error_kind,
         queue_time=0.0 if sequence.start_time is None else sequence.start_time - arrival,
         time_to_first_token=sequence.time_to_first_token,
+        top_logprobs=tuple(sequence.top_logprobs[sent:]),
+        prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
+        prompt_top_logprobs=tuple(sequence.prompt_top_logprobs) if first else (),
     )
 
 

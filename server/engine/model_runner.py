@@ -1,6 +1,7 @@
 """Turns a scheduled batch into tensors, runs the model and chooses tokens."""
 
-from collections.abc import Sequence as Seq
+from dataclasses import replace
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -10,8 +11,10 @@ from adapters.lora.native import NativeLora
 from adapters.lora.packed import PackCache
 from adapters.residency import Residency
 from server.engine.kv_cache import KVCache
-from server.engine.sampler import Sampled, SamplingRow, sample
-from server.engine.types import Batch, Sequence
+from server.engine.logprobs import prompt_logprobs
+from server.engine.penalties import SamplingRow
+from server.engine.sampler import sample
+from server.engine.types import Batch, Sampled, Sequence
 from server.model.gpt2 import GPT2, ForwardBatch, PromptChunk
 
 
@@ -19,7 +22,7 @@ class Runner(Protocol):
     """The seam between deciding and computing; tests put a toy model here."""
 
     def run(self, batch: Batch) -> Sampled:
-        """A token for each of `batch.sampled`, in order."""
+        """A token for each of `batch.sampled`, and what is told of the prompts in `batch.told`, in order."""
         ...
 
 
@@ -43,17 +46,16 @@ class ModelRunner:
         for item in batch.items:
             if item.sequence.row is not None:
                 self._kv.fill(item.sequence.row, item.sequence.num_computed, item.num_new_tokens)
-        logits = self._model.forward(inputs, self._kv.k, self._kv.v, lora)
+        model, native = self._model, self._model.backend.native
+        hidden = model.hidden(inputs, self._kv.k, self._kv.v, lora)  # [N, d]
+        ends = accumulate(item.num_new_tokens for item in batch.items)
+        told = [(i, end - i.num_new_tokens) for i, end in zip(batch.items, ends, strict=True) if i.num_told]
+        prompts = prompt_logprobs(told, lambda part: model.logits(hidden[part]), native)
         if not (sampled := batch.sampled):
-            return Sampled([], [])
-        rows: list[SamplingRow] = []
-        for sequence in sampled:
-            request = sequence.request
-            seen: Seq[int] = ()
-            if request.sampling_params.repetition_penalty != 1.0:
-                seen = [*request.prompt_token_ids, *sequence.output_ids]
-            rows.append(SamplingRow(request.sampling_params, seen, len(sequence.output_ids)))
-        return sample(logits, rows, self._model.backend.native)
+            return Sampled([], [], prompts=prompts)
+        rows = [SamplingRow.of(sequence, model.config.eos_token_id) for sequence in sampled]
+        chosen = sample(model.logits(hidden[inputs.output_index]), rows, native)
+        return replace(chosen, prompts=prompts)
 
     def _mix(self, sequence: Sequence) -> Mix:
         return tuple((self._residency.adapter(each.ref.digest), each.weight) for each in sequence.adapters)

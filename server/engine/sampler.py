@@ -1,55 +1,65 @@
 """Chooses each row's next token. Rows are independent: a request's tokens don't depend on who else is in the batch.
 
-Processing follows `transformers`: repetition penalty, temperature, top-k, top-p. The vocabulary is never sorted: our
-CPU kernel finds the limits with a histogram; torch works on the top candidates, and takes more of them until they hold
-top-p's mass. Each request has its own random stream, one uniform number per token from its seed and the token's index;
-it draws from the tokens that are left in order of id.
+Processing follows `transformers`: penalties (`penalties.py`), temperature, top-k, top-p, typical-p. The vocabulary is
+never sorted: our CPU kernel finds the limits with a histogram; torch works on the top candidates, and takes more of
+them until they hold top-p's mass. Each request has its own random stream, one uniform number per token from its seed
+and the token's index; it draws from the tokens that are left in order of id.
 """
 
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
+from dataclasses import replace
 from itertools import accumulate, chain
 
 import torch
 
 from kernels.native import Native
-from server.engine.types import DIVERGED, SamplingParams
+from server.engine.logprobs import logprobs_at
+from server.engine.penalties import SamplingRow, edited, pack_edits, penalise
+from server.engine.types import BANNED, DIVERGED, Sampled, SamplingParams, TopTokens
 
 _FIRST_CANDIDATES = 64
 COLDEST = 1e-30  # greedy already; less would overflow
 _MASK = (1 << 64) - 1
 
 
-@dataclass(frozen=True)
-class SamplingRow:
-    """What the sampler needs to know of one row."""
-
-    params: SamplingParams
-    seen: Seq[int]  # prompt and output tokens, for the repetition penalty
-    index: int  # how many tokens this request has been given
-
-
-@dataclass(frozen=True)
-class Sampled:
-    """One step's choice: tokens [S], and log-softmax of the raw logits for the rows that asked, else 0.
-
-    A row with NaN, or whose largest logit is infinite, has the token DIVERGED.
-    """
-
-    token_ids: list[int]
-    logprobs: list[float]
-
-
 def sample(logits: torch.Tensor, rows: Seq[SamplingRow], native: Native | None = None) -> Sampled:
     """Choose a token for each row, with our CPU kernel if given. logits [S, V] fp32 contiguous, not changed."""
-    if native is not None:
-        return _sample_natively(native, logits, rows)
+    tokens, logprobs = choose_by_torch(logits, rows) if native is None else _choose_natively(native, logits, rows)
+
+    def logits_of(wanted: list[int]) -> torch.Tensor:
+        return logits if len(wanted) == len(logits) else logits[wanted]
+
+    return with_top_logprobs(Sampled(tokens, logprobs), [row.params for row in rows], logits_of, native)
+
+
+def with_top_logprobs(
+    sampled: Sampled, params: Seq[SamplingParams], logits_of: Callable[[list[int]], torch.Tensor],
+    native: Native | None = None,
+) -> Sampled:  # fmt: skip
+    """The same, with the best tokens' logprobs where they are asked for. logits_of: logits [n, V] fp32 of some rows."""
+    counts = [p.top_logprobs if p.logprobs else 0 for p in params]
+    wanted = [i for i, count in enumerate(counts) if count and sampled.token_ids[i] >= 0]
+    if not wanted:
+        return sampled
+    token_ids = [sampled.token_ids[i] for i in wanted]
+    told = logprobs_at(logits_of(wanted), token_ids, [counts[i] for i in wanted], native)
+    logprobs, tops = [*sampled.logprobs], [TopTokens()] * len(params)
+    for i, logprob, top in zip(wanted, told.logprobs, told.top_logprobs, strict=True):
+        logprobs[i], tops[i] = logprob, top  # of one sum, so that they are equal bit for bit where the token is
+    return replace(sampled, logprobs=logprobs, top_logprobs=tops)
+
+
+def choose_by_torch(logits: torch.Tensor, rows: Seq[SamplingRow]) -> tuple[list[int], list[float]]:
+    """Each row's token, or DIVERGED or BANNED, and its logprob where asked for, else 0. logits [S, V] fp32."""
     tokens = torch.empty(len(rows), dtype=torch.int64, device=logits.device)
     scores = penalise(logits, rows)
     greedy = [i for i, row in enumerate(rows) if row.params.temperature == 0]
-    full = [i for i, row in enumerate(rows) if row.params.temperature > 0 and not _filtered(row.params)]
-    filtered = [i for i, row in enumerate(rows) if row.params.temperature > 0 and _filtered(row.params)]
+    drawn = [i for i, row in enumerate(rows) if row.params.temperature > 0]
+    typical = [i for i in drawn if rows[i].params.typical_p < 1]
+    filtered = [i for i in drawn if rows[i].params.typical_p >= 1 and _filtered(rows[i].params)]
+    full = [i for i in drawn if rows[i].params.typical_p >= 1 and not _filtered(rows[i].params)]
     if greedy:
         tokens[greedy] = scores[greedy].argmax(-1)
     if full:
@@ -61,22 +71,26 @@ def sample(logits: torch.Tensor, rows: Seq[SamplingRow], native: Native | None =
         probs = probs.gather(1, by_id)
         picked = _pick(probs, [rows[i] for i in filtered])
         tokens[filtered] = ids.gather(1, picked[:, None])[:, 0]
+    for i in typical:
+        probs = typical_probabilities(_scaled(scores, rows, [i]), rows[i].params)
+        tokens[i] = _pick(probs, [rows[i]])[0]
     logprobs = torch.zeros(len(rows), device=logits.device)
     wanted = [i for i, row in enumerate(rows) if row.params.logprobs]
     if wanted:
         raw = logits[wanted]
         logprobs[wanted] = raw.gather(1, tokens[wanted, None])[:, 0] - raw.logsumexp(-1)
-    diverged = logits.isnan().any(-1) | logits.amax(-1).isinf()
-    tokens[diverged], logprobs[diverged] = DIVERGED, 0.0
+    for stands_for, odd in ((BANNED, _odd(scores)), (DIVERGED, _odd(logits))):
+        tokens[odd], logprobs[odd] = stands_for, 0.0
     # One copy to the host; a float64 holds every token id exactly.
     packed = torch.stack([tokens.double(), logprobs.double()]).cpu().numpy()
-    return Sampled([int(t) for t in packed[0]], [float(p) for p in packed[1]])
+    return [int(t) for t in packed[0]], [float(p) for p in packed[1]]
 
 
-def _sample_natively(native: Native, logits: torch.Tensor, rows: Seq[SamplingRow]) -> Sampled:
+def _choose_natively(native: Native, logits: torch.Tensor, rows: Seq[SamplingRow]) -> tuple[list[int], list[float]]:
     vocab, params = logits.shape[-1], [row.params for row in rows]
-    seen = [row.seen if row.params.repetition_penalty != 1.0 else () for row in rows]
-    tokens, logprobs = native.choose(
+    seen = [set(row.seen) if row.params.repetition_penalty != 1.0 else () for row in rows]
+    typical = any(p.typical_p < 1 for p in params)
+    return native.choose(
         logits,
         torch.tensor([p.repetition_penalty for p in params]),
         torch.tensor([*chain.from_iterable(seen)], dtype=torch.int64),
@@ -85,26 +99,15 @@ def _sample_natively(native: Native, logits: torch.Tensor, rows: Seq[SamplingRow
         torch.tensor([p.top_k or vocab for p in params]),
         torch.tensor([max(p.top_p, COLDEST) for p in params]),
         torch.tensor([uniform(row.params.seed, row.index) for row in rows], dtype=torch.float64),
-        torch.tensor([int(p.logprobs) for p in params]),
+        torch.tensor([int(p.logprobs and not p.top_logprobs) for p in params]),
+        torch.tensor([p.typical_p for p in params]) if typical else None,
+        pack_edits(rows),
     )
-    return Sampled(tokens, logprobs)
 
 
-def penalise(logits: torch.Tensor, rows: Seq[SamplingRow]) -> torch.Tensor:
-    """Apply each row's repetition penalty: positive scores of seen tokens divided by it, negative ones multiplied.
-
-    Returns `logits` itself when no row has one, else a copy. [S, V]
-    """
-    wanted = [i for i, row in enumerate(rows) if row.params.repetition_penalty != 1.0]
-    if not wanted:
-        return logits
-    scores = logits.clone()
-    for i in wanted:
-        penalty = rows[i].params.repetition_penalty
-        seen = torch.tensor(sorted(set(rows[i].seen)), device=logits.device)
-        values = scores[i, seen]
-        scores[i, seen] = torch.where(values < 0, values * penalty, values / penalty)
-    return scores
+def needs_torch(params: SamplingParams, index: int) -> bool:
+    """Whether the GPU's kernel can't choose the index-th output token."""
+    return edited(params, index) or params.typical_p < 1
 
 
 def candidates(scores: torch.Tensor, params: Seq[SamplingParams]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -136,6 +139,25 @@ def candidates(scores: torch.Tensor, params: Seq[SamplingParams]) -> tuple[torch
     return _ties_by_id(values, ids), probs / probs.sum(-1, keepdim=True)
 
 
+def typical_probabilities(scores: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """What top-k, top-p and then typical-p leave of one row: probabilities [1, V], 0 where a token is left out.
+
+    scores [1, V], temperature applied. Of the tokens by how near their surprise lies to the expected one, as many as
+    hold `typical_p`, and what is as near as the last (Meister et al. 2022).
+    """
+    if _filtered(params):
+        ids, probs = candidates(scores, [params])
+        kept = torch.zeros_like(scores, dtype=torch.bool).scatter(1, ids, probs > 0)
+        scores = scores.masked_fill(~kept, -math.inf)
+    logs = scores.log_softmax(-1)
+    expected = -(logs * logs.exp()).nansum(-1, keepdim=True)
+    far, order = (-logs - expected).abs().sort(-1)
+    held = logs.gather(1, order).exp().cumsum(-1)
+    last = (held < params.typical_p).sum(-1, keepdim=True).clamp(max=scores.shape[-1] - 1)
+    near = torch.zeros_like(scores, dtype=torch.bool).scatter(1, order, far <= far.gather(1, last))
+    return scores.masked_fill(~near, -math.inf).softmax(-1)
+
+
 def _ties_by_id(values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """`ids` with those of equal values ascending: `topk` orders them differently for every number of candidates."""
     ids, by_id = ids.sort(-1)
@@ -153,6 +175,11 @@ def _mix(z: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK
     return z ^ (z >> 31)
+
+
+def _odd(scores: torch.Tensor) -> torch.Tensor:
+    """Rows [S] that hold NaN or whose largest is infinite."""
+    return scores.isnan().any(-1) | scores.amax(-1).isinf()
 
 
 def _filtered(params: SamplingParams) -> bool:

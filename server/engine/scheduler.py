@@ -4,6 +4,7 @@ Rows and the prompts' share of a step go to the adapter that has had the fewest 
 served within each, so that a flood for one adapter can't starve another. Rows are whole: what has begun finishes.
 """
 
+import math
 from collections.abc import Sequence as Seq
 
 from adapters.errors import AdapterRefused
@@ -12,7 +13,16 @@ from adapters.status import AdapterStatus
 from server.engine.config import EngineConfig
 from server.engine.fairness import FairQueue
 from server.engine.kv_cache import RowAllocator
-from server.engine.types import DIVERGED, Batch, ErrorKind, FinishReason, ScheduledSequence, Sequence
+from server.engine.types import (
+    DIVERGED,
+    Batch,
+    ErrorKind,
+    FinishReason,
+    Sampled,
+    ScheduledSequence,
+    Sequence,
+    TopTokens,
+)
 
 
 class Scheduler:
@@ -62,20 +72,30 @@ class Scheduler:
                 budget -= chunk
         return Batch(tuple(items), block), failed
 
-    def update(self, batch: Batch, token_ids: Seq[int], logprobs: Seq[float], now: float) -> None:
-        """Take a step's result: token_ids and logprobs of `batch.sampled`, in order. Ends what is complete."""
+    def update(self, batch: Batch, result: Sampled, now: float) -> None:
+        """Take a step's result. Ends what is complete."""
         self._queue.charge(batch)
         for item in batch.items:
             item.sequence.num_computed += item.num_new_tokens
-        for sequence, token, logprob in zip(batch.sampled, token_ids, logprobs, strict=True):
-            if token == DIVERGED:
-                sequence.error = f"{_who(sequence)} gave logits that are not finite: its weights may be too large"
-                sequence.error_kind, sequence.diverged = ErrorKind.GENERATION, True
-                self.finish(sequence, FinishReason.ERROR)
+        for item, told in zip(batch.told, result.prompts, strict=True):
+            item.sequence.prompt_logprobs += told.logprobs
+            if item.sequence.request.sampling_params.top_logprobs:
+                item.sequence.prompt_top_logprobs += told.top_logprobs
+            if any(map(math.isnan, told.logprobs)):
+                self._end_without_token(item.sequence, DIVERGED)
+        tops = result.top_logprobs or [TopTokens()] * len(result.token_ids)
+        for sequence, token, logprob, top in zip(batch.sampled, result.token_ids, result.logprobs, tops, strict=True):
+            if sequence.finish_reason is not None:
+                continue  # its prompt's logits were not finite
+            if token < 0:
+                self._end_without_token(sequence, token)
                 continue
             sequence.output_ids.append(token)
-            if sequence.request.sampling_params.logprobs:
+            params = sequence.request.sampling_params
+            if params.logprobs:
                 sequence.logprobs.append(logprob)
+                if params.top_logprobs:
+                    sequence.top_logprobs.append(top)
             if sequence.last_token_time is None:
                 sequence.time_to_first_token = sequence.latency = now - sequence.request.arrival_time
             else:
@@ -150,6 +170,18 @@ class Scheduler:
         sequence.row = self.rows.allocate()
         self.running[sequence.request_id] = sequence
 
+    def _end_without_token(self, sequence: Sequence, why: int) -> None:
+        if why == DIVERGED:
+            sequence.error = f"{_who(sequence)} gave logits that are not finite: its weights may be too large"
+            sequence.diverged = True
+        else:
+            sequence.error = (
+                f"no token can be chosen after {len(sequence.output_ids)}: logit_bias, the penalties and min_tokens "
+                "ban every one, or are too large"
+            )
+        sequence.error_kind = ErrorKind.GENERATION
+        self.finish(sequence, FinishReason.ERROR)
+
     def _end_if_complete(self, sequence: Sequence, token: int) -> None:
         params = sequence.request.sampling_params
         if token == self._eos and not params.ignore_eos:
@@ -166,11 +198,14 @@ class Scheduler:
             self.finish(sequence, FinishReason.LENGTH)
 
     def _find_stop(self, sequence: Sequence, token: int) -> int | None:
-        """The offset of the first stop string in the output's bytes, this token included."""
-        stops, output = sequence.request.sampling_params.stop, sequence.output_bytes
-        start = max(0, len(output) - max(map(len, stops)) + 1)
+        """Where in the output's bytes the first stop string begins that this token ends; `min_tokens` end none."""
+        params, output = sequence.request.sampling_params, sequence.output_bytes
+        before = len(output)
         output += self._vocab[token]
-        return min((i for i in (output.find(stop, start) for stop in stops) if i >= 0), default=None)
+        if len(sequence.output_ids) <= params.min_tokens:
+            return None
+        found = (output.find(stop, max(0, before - len(stop) + 1)) for stop in params.stop)
+        return min((i for i in found if i >= 0), default=None)
 
 
 def _who(sequence: Sequence) -> str:

@@ -1,5 +1,6 @@
 """What crosses the engine's boundary, and a running sequence's state. Without torch: the API process uses it too."""
 
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
@@ -8,6 +9,8 @@ from adapters.adapter import WeightedAdapter
 
 DIVERGED = -1
 """Stands for a token where the logits were not finite."""
+BANNED = -2
+"""Stands for a token where logit_bias, penalties and min_tokens left none."""
 
 
 class FinishReason(Enum):
@@ -130,7 +133,10 @@ class Sequence:
 
     request: Request
     output_ids: list[int] = field(default_factory=lambda: list[int]())
-    logprobs: list[float] = field(default_factory=lambda: list[float]())
+    logprobs: list[float] = field(default_factory=lambda: list[float]())  # of output_ids, where asked for
+    top_logprobs: list[TopTokens] = field(default_factory=lambda: list[TopTokens]())  # beside `logprobs`
+    prompt_logprobs: list[float] = field(default_factory=lambda: list[float]())  # of the prompt's from the second on
+    prompt_top_logprobs: list[TopTokens] = field(default_factory=lambda: list[TopTokens]())  # beside `prompt_logprobs`
     output_bytes: bytearray = field(default_factory=bytearray)  # kept only where stop strings need it
     num_computed: int = 0  # tokens whose keys and values are in the row
     num_sent: int = 0  # output tokens already handed out
@@ -200,6 +206,13 @@ class ScheduledSequence:
     prefill: bool
     samples: bool  # whether all its tokens are computed after this step, so that a next one is chosen
 
+    @property
+    def num_told(self) -> int:
+        """Tokens of this step, its first ones, whose logits tell of the prompt's next token; 0 where nobody asked."""
+        if not (self.prefill and self.sequence.request.sampling_params.prompt_logprobs):
+            return 0
+        return self.num_new_tokens - self.samples
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -217,3 +230,26 @@ class Batch:
     def sampled(self) -> list[Sequence]:
         """The sequences that get a token, in order."""
         return [item.sequence for item in self.items if item.samples]
+
+    @property
+    def told(self) -> list[ScheduledSequence]:
+        """The prompt chunks whose logprobs are asked for, in order."""
+        return [item for item in self.items if item.num_told]
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """What is told of the tokens at some positions: NaN where the logits were not finite."""
+
+    logprobs: Seq[float]
+    top_logprobs: Seq[TopTokens]  # of no tokens where none are asked for
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """One step's result: a token for each of `batch.sampled`, or DIVERGED or BANNED."""
+
+    token_ids: Seq[int]
+    logprobs: Seq[float]  # log-softmax of the raw logits for those that asked, else 0
+    top_logprobs: Seq[TopTokens] = ()  # of each too; empty where nobody asked
+    prompts: Seq[TokenLogprobs] = ()  # for each of `batch.told`

@@ -58,7 +58,7 @@ class ForwardBatch:
     decode_rows: tuple[int, int] | None  # [first, last) when the first D rows are consecutive, else None
     max_decode_len: int  # the longest decoding sequence, this token included
     chunks: tuple[PromptChunk, ...]
-    output_index: torch.Tensor  # [S] int64, the tokens whose logits are wanted
+    output_index: torch.Tensor  # [S] int64, the tokens after which one is chosen
 
 
 class GPT2:
@@ -100,6 +100,19 @@ class GPT2:
     ) -> torch.Tensor:
         """Logits [S, V] of `batch.output_index`, of the backend's type; writes the batch's keys and values too.
 
+        As `hidden`, and `logits` of its result.
+        """
+        return self.logits(self.hidden(batch, k_cache, v_cache, lora)[batch.output_index])
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[S, V] of hidden states [S, d], of the backend's type."""
+        return self.wte.logits(self.ln_f(hidden))
+
+    def hidden(
+        self, batch: ForwardBatch, k_cache: torch.Tensor, v_cache: torch.Tensor, lora: Lora | None
+    ) -> torch.Tensor:
+        """Every token's state after the last layer [N, d]; writes the batch's keys and values.
+
         k_cache, v_cache [layers, rows, H, max_len, Dh]; `lora` None when every row is the base's.
         """
         x = self.wte.rows(batch.token_ids) + self.wpe[batch.positions]  # [N, d]
@@ -115,7 +128,7 @@ class GPT2:
             delta = _project(h, w.mlp_c_proj, mlp_c_proj, lora)
         if delta is not None:
             x += delta
-        return self.wte.logits(self.ln_f(x[batch.output_index]))  # [S, V]
+        return x
 
     def _attend(
         self, layer: int, qkv: torch.Tensor, batch: ForwardBatch, keys: torch.Tensor, values: torch.Tensor

@@ -20,8 +20,9 @@ from transformers import (
 from kernels.build import library
 from kernels.native import Native
 from server.engine import sampler
-from server.engine.sampler import Sampled, SamplingRow, candidates, penalise, uniform
-from server.engine.types import SamplingParams
+from server.engine.penalties import SamplingRow, penalise
+from server.engine.sampler import candidates, uniform
+from server.engine.types import Sampled, SamplingParams
 
 BACKENDS = [None, *([Native()] if library().is_file() else [])]
 _native: Native | None = None

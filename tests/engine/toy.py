@@ -13,8 +13,7 @@ from adapters.golden import Golden
 from adapters.residency import Residency
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
-from server.engine.sampler import Sampled
-from server.engine.types import Batch, Sequence, SequenceOutput
+from server.engine.types import Batch, Sampled, Sequence, SequenceOutput, TokenLogprobs
 from tests.oracle import request, run
 
 EOS = 99
@@ -46,7 +45,8 @@ class ToyRunner:
             error, self.fail = self.fail, None
             raise error
         tokens = [self.say(sequence) for sequence in batch.sampled]
-        return Sampled(tokens, [-0.5] * len(tokens))
+        prompts = [TokenLogprobs([-1.5] * item.num_told, [((7, -1.25),)] * item.num_told) for item in batch.told]
+        return Sampled(tokens, [-0.5] * len(tokens), [((3, -0.25),)] * len(tokens), prompts)
 
 
 class Toy:
