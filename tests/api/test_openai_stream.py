@@ -1,11 +1,13 @@
 """Streams and answers of the OpenAI dialect, byte by byte, over a fake link."""
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
 
+from server.api import openai, openai_answer
 from server.engine.types import ErrorKind, FinishReason, Request, SequenceOutput
 from tests.api.fake_link import EOS, TOKENIZER, VOCABULARY, FakeLink, Script, failure, one_by_one, serve
 
@@ -284,6 +286,24 @@ def test_an_engine_that_breaks_off_is_an_error(caplog: pytest.LogCaptureFixture)
     assert response.status_code == 500
     assert response.json()["error"]["type"] == "internal"
     assert caplog.records
+
+
+def test_long_work_beside_the_event_loop_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    client, _ = serve(says("one two"))
+    body = {"prompt": ["Hi there", "Once"], "echo": True, "logprobs": 2}
+    at_once = whole(client, **body)
+    monkeypatch.setattr(openai, "_LONG_TEXT", 0)
+    monkeypatch.setattr(openai_answer, "_MANY_TOKENS", 0)
+    used: list[str] = []
+    to_thread = asyncio.to_thread
+
+    async def noted(work: Any, *args: Any) -> Any:
+        used.append(work.__name__)
+        return await to_thread(work, *args)
+
+    monkeypatch.setattr(asyncio, "to_thread", noted)
+    assert whole(client, **body)["choices"] == at_once["choices"]
+    assert used == ["<lambda>", "_render"]
 
 
 def test_the_link_sees_one_call_for_all_choices() -> None:
