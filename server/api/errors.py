@@ -19,6 +19,9 @@ from server.engine.types import ErrorKind, SequenceOutput
 
 logger = logging.getLogger(__name__)
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
+_CODES = {"unauthorized": "invalid_api_key", "overloaded": "rate_limit_exceeded"}  # OpenAI's words for our types
+_MAX_TOLD = 8  # problems of one body
 _BY_STATUS = {401: "unauthorized", 404: "not_found", 405: "method_not_allowed", 413: "validation", 422: "validation"}
 
 
@@ -26,16 +29,25 @@ class ApiError(Exception):
     """An answer other than success."""
 
     def __init__(
-        self, status: int, error_type: str, message: str, headers: Mapping[str, str] | None = None, *, param: str = ""
+        self,
+        status: int,
+        error_type: str,
+        message: str,
+        headers: Mapping[str, str] | None = None,
+        *,
+        param: str = "",
+        code: str = "",
     ) -> None:
+        """`param` and `code` are told under /v1 only: the field that is wrong, OpenAI's word for what is."""
         super().__init__(message)
-        self.status, self.error_type, self.message, self.param = status, error_type, message, param
+        self.status, self.error_type, self.message = status, error_type, message
+        self.param, self.code = param, code or _CODES.get(error_type, "")
         self.headers = dict(headers or {})
 
     @classmethod
-    def invalid(cls, field: str, problem: str) -> "ApiError":
+    def invalid(cls, field: str, problem: str, *, code: str = "") -> "ApiError":
         """422: a field's value is wrong; `problem` says what and what is expected."""
-        return cls(422, "validation", f"`{field}` {problem}", param=field)
+        return cls(422, "validation", f"`{field}` {problem}", param=field, code=code)
 
     @classmethod
     def unavailable(cls, message: str) -> "ApiError":
@@ -57,7 +69,7 @@ class ApiError(Exception):
     def of_adapter(cls, error: AdapterError, field: str) -> "ApiError":
         """404, 409, 422 or 503, by the kind of failure."""
         if isinstance(error, AdapterNotFound):
-            return cls(404, "not_found", str(error), param=field)
+            return cls(404, "not_found", str(error), param=field, code="model_not_found")
         if isinstance(error, AdapterRefused):
             return cls(422, "adapter_refused", str(error), param=field)
         if isinstance(error, AdapterConflict):
@@ -78,7 +90,12 @@ class ApiError(Exception):
         """The JSON body: OpenAI's shape under /v1, TGI's elsewhere."""
         message = self.message.encode(errors="backslashreplace").decode()  # it may quote half a surrogate pair
         if path.startswith("/v1/"):
-            error = {"message": message, "type": self.error_type, "param": self.param or None, "code": self.status}
+            error = {
+                "message": message,
+                "type": self.error_type,
+                "param": self.param or None,
+                "code": self.code or None,
+            }
             return {"error": error}
         return {"error": message, "error_type": self.error_type}
 
@@ -134,7 +151,8 @@ def install_handlers(app: FastAPI) -> None:
         problems = error.errors()
         if any(tuple(problem["loc"]) == ("body",) for problem in problems) and (told := _wrong_content_type(request)):
             return await on_api_error(request, ApiError(422, "validation", told))
-        return await on_api_error(request, ApiError(422, "validation", "; ".join(map(_explain, problems))))
+        explained, param = "; ".join(map(_explain, problems[:_MAX_TOLD])), _where(problems[0]) if problems else ""
+        return await on_api_error(request, ApiError(422, "validation", explained, param=param))
 
     async def on_http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
@@ -155,7 +173,12 @@ def document_errors(app: FastAPI) -> None:
     """Let the OpenAPI document show a 422 as it is sent, not as FastAPI would send it."""
     text = {"type": "string"}
     tgi = {"type": "object", "properties": {"error": text, "error_type": text}, "required": ["error", "error_type"]}
-    fields = {"message": text, "type": text, "param": {"type": ["string", "null"]}, "code": {"type": "integer"}}
+    fields = {
+        "message": text,
+        "type": text,
+        "param": {"type": ["string", "null"]},
+        "code": {"type": ["string", "null"]},
+    }
     inner = {"type": "object", "properties": fields, "required": list(fields)}
     openai = {"type": "object", "properties": {"error": inner}, "required": ["error"]}
     for route in app.routes:
@@ -198,9 +221,15 @@ def brief(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def _where(problem: Mapping[str, Any]) -> str:
+    """The field that a pydantic error is about, dotted; nothing for the body as a whole."""
+    loc = problem["loc"]
+    return "" if problem["type"] == "json_invalid" else ".".join(str(part) for part in loc if part != "body")
+
+
 def _explain(problem: Mapping[str, Any]) -> str:
     """One pydantic error as `field` message, got value."""
-    where = ".".join(str(part) for part in problem["loc"] if part != "body") or "body"
+    where = _where(problem) or "body"
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "json_invalid":
         return f"the body is not valid JSON: {problem.get('ctx', {}).get('error', message)}"

@@ -20,7 +20,7 @@ from adapters.errors import AdapterError
 from adapters.references import parse_composition
 from adapters.sources import Sources
 from adapters.store import AdapterStore
-from server.api.errors import ApiError, request_id_of
+from server.api.errors import CONTEXT_LENGTH_EXCEEDED, ApiError, request_id_of
 from server.api.in_flight import InFlight
 from server.api.link import EngineLink, Overloaded, Unavailable
 from server.engine.types import FinishReason, Request, SamplingParams, SequenceOutput
@@ -179,7 +179,9 @@ class ChorusSpec(LitSpec):
         longest, size = self.state.max_model_len, len(text.encode())
         if size > longest * self._bytes_a_token:
             raise ApiError.invalid(
-                field, f"has {size:,} bytes, which are more tokens than the model's {longest} positions hold"
+                field,
+                f"has {size:,} bytes, which are more tokens than the model's {longest} positions hold",
+                code=CONTEXT_LENGTH_EXCEEDED,
             )
         return self.state.tokenizer.encode(text)
 
@@ -205,6 +207,7 @@ class ChorusSpec(LitSpec):
                 raise ApiError.invalid(
                     prompt_field,
                     f"has {len(ids)} tokens; the model has {self.state.max_model_len} positions for prompt and output",
+                    code=CONTEXT_LENGTH_EXCEEDED,
                 )
             wanted, now = params(room), time.monotonic()
             for copy in range(copies):
