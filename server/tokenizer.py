@@ -45,6 +45,11 @@ class Tokenizer:
         """Token ids of `text`, no special token added."""
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def places(self, text: str) -> list[tuple[int, int, int]]:
+        """The same ids, each with the characters of `text` that it has a part of: the first, and the one after."""
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        return [(id_, start, stop) for id_, (start, stop) in zip(encoded.ids, encoded.offsets, strict=True)]
+
     def vocabulary(self, size: int) -> list[bytes]:
         """The bytes of every id below `size`, none for special ones: text is the concatenation of its tokens' bytes."""
         to_byte = {char: byte for byte, char in _byte_alphabet().items()}

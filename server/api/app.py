@@ -66,9 +66,12 @@ class ChorusServer(ls.LitServer):
             info_path="/litserve/info",
             max_payload_size=None,  # pyright: ignore[reportArgumentType] (it takes None; BodyLimit knows which body it is)
         )
-        own = {path for path, _, _ in self._spec.endpoints}
-        kept = own | {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
-        self.app.router.routes[:] = [r for r in self.app.router.routes if getattr(r, "path", None) in kept]
+        own = {handler for _, handler, _ in self._spec.endpoints}
+        pages = {"/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"}
+        self.app.router.routes[:] = [
+            route for route in self.app.router.routes
+            if getattr(route, "endpoint", None) in own or getattr(route, "path", None) in pages
+        ]  # fmt: skip
         self.app.title, self.app.version = "Chorus", served.version
         document_errors(self.app)
         settings = served.settings

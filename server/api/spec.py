@@ -176,6 +176,11 @@ class ChorusSpec(LitSpec):
 
     def encode(self, text: str, field: str) -> list[int]:
         """The token ids of a prompt. Raises ApiError for one that can't fit, without tokenising it."""
+        self.check_size(text, field)
+        return self.state.tokenizer.encode(text)
+
+    def check_size(self, text: str, field: str) -> None:
+        """Raises ApiError for a text that is more tokens than positions, whatever they are."""
         longest, size = self.state.max_model_len, len(text.encode())
         if size > longest * self._bytes_a_token:
             raise ApiError.invalid(
@@ -183,7 +188,6 @@ class ChorusSpec(LitSpec):
                 f"has {size:,} bytes, which are more tokens than the model's {longest} positions hold",
                 code=CONTEXT_LENGTH_EXCEEDED,
             )
-        return self.state.tokenizer.encode(text)
 
     def prepare(
         self,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from server.engine.types import SequenceOutput
+from server.engine.types import SequenceOutput, TopTokens
 from server.tokenizer import Detokenizer
 
 
@@ -16,6 +16,12 @@ class TokenPiece:
     text: str
     logprob: float | None
     special: bool
+    top: TopTokens = ()  # the likeliest tokens in its place, where asked for
+
+
+def token_text(id_: int, vocabulary: Sequence[bytes], special: Mapping[int, str]) -> str:
+    """A token by itself; U+FFFD stands for bytes that are no whole character."""
+    return special[id_] if id_ in special else vocabulary[id_].decode(errors="replace")
 
 
 class TextAssembler:
@@ -41,11 +47,12 @@ class TextAssembler:
         for i, token in enumerate(output.token_ids):
             self.count += 1
             logprob = output.logprobs[i] if output.logprobs else None
+            top = output.top_logprobs[i] if output.top_logprobs else ()
             if token in self._special:
-                shown = TokenPiece(self.count, token, self._special[token], logprob, special=True)
+                shown = TokenPiece(self.count, token, self._special[token], logprob, True, top)
                 (self._kept or pieces).append(shown)
                 continue
-            piece = TokenPiece(self.count, token, self._detokenizer.push(token), logprob, special=False)
+            piece = TokenPiece(self.count, token, self._detokenizer.push(token), logprob, False, top)
             self._release(pieces, "")
             if self._detokenizer.holding:
                 self._kept = [piece]

@@ -1,9 +1,7 @@
-"""The TGI / LoRAX dialect: POST /generate and /generate_stream."""
+"""The TGI / LoRAX dialect: POST /, /generate, /generate_stream and /tokenize, GET /info."""
 
-import json
+import asyncio
 import logging
-import secrets
-import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -11,15 +9,21 @@ from typing import Any
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
+from server.api import sse, tgi_answers
 from server.api.errors import ApiError
-from server.api.schemas import MAX_STOP_SEQUENCES, GenerateParameters, GenerateRequest
+from server.api.schemas import (
+    MAX_BEST_OF,
+    MAX_STOP_SEQUENCES,
+    CompatGenerateRequest,
+    GenerateParameters,
+    GenerateRequest,
+    TokenizeRequest,
+)
 from server.api.spec import ChorusSpec, Generation
-from server.api.text import TextAssembler, TokenPiece
-from server.engine.types import FinishReason, SamplingParams, SequenceOutput
+from server.api.tgi_answers import SequenceText
+from server.engine.types import SamplingParams, SequenceOutput
 
 logger = logging.getLogger(__name__)
-DEFAULT_MAX_NEW_TOKENS = 20
-_REASONS = {FinishReason.EOS: "eos_token", FinishReason.STOP: "stop_sequence", FinishReason.LENGTH: "length"}
 
 
 class TgiRoutes:
@@ -30,28 +34,38 @@ class TgiRoutes:
 
     def register(self) -> None:
         """Add the routes."""
+        self._spec.route("POST", "/", self.compat)
         self._spec.route("POST", "/generate", self.generate)
         self._spec.route("POST", "/generate_stream", self.generate_stream)
+        self._spec.route("POST", "/tokenize", self.tokenize)
         self._spec.route("GET", "/info", self.info)
+
+    async def compat(self, body: CompatGenerateRequest, http: HttpRequest) -> Response:
+        """Generate as /generate does, answered in a list of one; or, with `stream`, as /generate_stream does."""
+        return await (self._stream(body, http) if body.stream else self._answer(body, http, listed=True))
 
     async def generate(self, body: GenerateRequest, http: HttpRequest) -> Response:
         """Generate a text with an adapter, or with the base."""
-        parameters = body.parameters or GenerateParameters()
-        generation = await self._prepare(body, parameters, http, stream=False)
-        return await self._spec.race(http, self._collect(body, parameters, generation))
+        return await self._answer(body, http, listed=False)
 
     async def generate_stream(self, body: GenerateRequest, http: HttpRequest) -> Response:
         """The same, a server-sent event for each token."""
-        parameters = body.parameters or GenerateParameters()
-        generation = await self._prepare(body, parameters, http, stream=True)
-        outputs = self._spec.outputs(generation)
-        try:
-            _, first = await self._spec.race(http, anext(outputs))  # an error before the first token keeps its status
-        except BaseException:
-            await outputs.aclose()
-            raise
-        events = self._events(body, parameters, generation, first, outputs)
-        return StreamingResponse(events, media_type="text/event-stream", headers=generation.headers)
+        return await self._stream(body, http)
+
+    async def tokenize(self, body: TokenizeRequest, http: HttpRequest) -> Response:
+        """The tokens of a text: TGI's answer to `inputs`, vLLM's to `prompt`."""
+        if body.prompt is not None:
+            await self._spec.adapters(body.model, "model", http)
+            ids = await asyncio.to_thread(self._spec.encode, body.prompt, "prompt")
+            return JSONResponse({"count": len(ids), "max_model_len": self._spec.state.max_model_len, "tokens": ids})
+        text, parameters = body.inputs or "", body.parameters or GenerateParameters()
+        self._spec.check_size(text, "inputs")
+
+        def answer() -> JSONResponse:
+            places = self._spec.state.tokenizer.places(text)[-(parameters.truncate or 0) :]
+            return JSONResponse([{"id": i, "text": text[a:b], "start": a, "stop": b} for i, a, b in places])
+
+        return await asyncio.to_thread(answer)
 
     async def info(self) -> dict[str, Any]:
         """What is served, in TGI's terms."""
@@ -64,8 +78,8 @@ class TgiRoutes:
             "model_dtype": worker.dtype if worker else None,
             "model_device_type": worker.device if worker else None,
             "backend": worker.backend if worker else None,
-            "max_concurrent_requests": state.settings.max_batch_size + state.settings.max_waiting,
-            "max_best_of": 1,
+            "max_concurrent_requests": self._max_concurrent,
+            "max_best_of": min(MAX_BEST_OF, self._max_concurrent),
             "max_stop_sequences": MAX_STOP_SEQUENCES,
             "max_input_tokens": longest - 1,
             "max_input_length": longest - 1,
@@ -75,40 +89,61 @@ class TgiRoutes:
             "version": state.version,
         }
 
+    @property
+    def _max_concurrent(self) -> int:
+        settings = self._spec.state.settings
+        return settings.max_batch_size + settings.max_waiting
+
+    async def _answer(self, body: GenerateRequest, http: HttpRequest, *, listed: bool) -> Response:
+        parameters = body.parameters or GenerateParameters()
+        generation = await self._prepare(body.inputs, parameters, http, stream=False)
+        best, *others = await self._spec.race(http, self._collect(generation))
+        answer = tgi_answers.answer(parameters, _before(body), [best, *others])
+        headers = generation.headers | tgi_answers.timings(best)
+        return JSONResponse([answer] if listed else answer, headers=headers)
+
+    async def _stream(self, body: GenerateRequest, http: HttpRequest) -> Response:
+        parameters = body.parameters or GenerateParameters()
+        for field, neutral in (("best_of", 1), ("decoder_input_details", False)):
+            value = getattr(parameters, field)
+            if value is not None and value != neutral:
+                raise ApiError.invalid(field, f"{value!r} is not for streams: leave it out, or ask without streaming")
+        generation = await self._prepare(body.inputs, parameters, http, stream=True)
+        outputs = self._spec.outputs(generation)
+        try:
+            _, first = await self._spec.race(http, anext(outputs))  # an error before the first token keeps its status
+        except BaseException:
+            await outputs.aclose()
+            raise
+        events = self._events(body, parameters, generation, first, outputs)
+        headers = generation.headers | sse.HEADERS
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
     async def _prepare(
-        self, body: GenerateRequest, parameters: GenerateParameters, http: HttpRequest, *, stream: bool
+        self, inputs: str, parameters: GenerateParameters, http: HttpRequest, *, stream: bool
     ) -> Generation:
-        wanted = parameters.adapter_id
+        wanted, copies = parameters.adapter_id, parameters.best_of or 1
+        if copies > self._max_concurrent:
+            raise ApiError.invalid("best_of", f"{copies} is too many: this server runs {self._max_concurrent} requests")
         listed = wanted if isinstance(wanted, str | None) else [(each.ref, each.weight) for each in wanted]
         adapters = await self._spec.adapters(listed, "adapter_id", http)
-        logprobs = stream or bool(parameters.details)
 
         def params(room: int) -> SamplingParams:
-            return sampling_params(parameters, room, self._spec.state.max_model_len, logprobs=logprobs)
+            return tgi_answers.sampling_params(parameters, room, self._spec.state.max_model_len, stream=stream)
 
-        prompt = self._spec.encode(body.inputs, "inputs")
-        return self._spec.prepare(http, [prompt], "inputs", adapters, params, stream=stream)
+        if parameters.truncate is None:
+            prompt = self._spec.encode(inputs, "inputs")
+        else:  # as long as a body may be
+            prompt = await asyncio.to_thread(self._spec.state.tokenizer.encode, inputs)
+            prompt = prompt[-parameters.truncate :]
+        return self._spec.prepare(http, [prompt], "inputs", adapters, params, stream=stream, copies=copies)
 
-    async def _collect(
-        self, body: GenerateRequest, parameters: GenerateParameters, generation: Generation
-    ) -> JSONResponse:
-        text = self._assembler(generation)
-        pieces: list[TokenPiece] = []
-        last = None
+    async def _collect(self, generation: Generation) -> list[SequenceText]:
+        texts = [self._text(generation, i) for i in range(len(generation.requests))]
         async with aclosing(self._spec.outputs(generation)) as outputs:
-            async for _, last in outputs:
-                pieces += text.push(last)
-        if last is None:
-            raise ApiError(424, "generation", "the engine ended the request without a word")
-        answer: dict[str, Any] = {"generated_text": _full(body, parameters) + text.text}
-        if parameters.details:
-            answer["details"] = _details(generation, last, text.count) | {
-                "prefill": [],
-                "tokens": [_token(piece) for piece in pieces],
-                "top_tokens": [],
-                "best_of_sequences": [],
-            }
-        return JSONResponse(answer, headers=generation.headers | _timings(generation, last, text.count))
+            async for i, output in outputs:
+                texts[i].push(output)
+        return tgi_answers.best_first(texts)
 
     async def _events(
         self,
@@ -118,95 +153,36 @@ class TgiRoutes:
         first: SequenceOutput,
         outputs: AsyncGenerator[tuple[int, SequenceOutput]],
     ) -> AsyncGenerator[str]:
-        text = self._assembler(generation)
-        last: SequenceOutput | None = first
+        text = self._text(generation, 0)
+        output: SequenceOutput | None = first
         try:
-            while last is not None:
-                pieces = text.push(last)
+            while output is not None:
+                pieces = text.push(output)
                 for piece in pieces:
-                    event: dict[str, Any] = {"index": piece.index, "token": _token(piece)}
+                    event: dict[str, Any] = {"index": piece.index, "token": tgi_answers.token(piece)}
+                    if parameters.top_n_tokens:
+                        event["top_tokens"] = text.top_tokens(piece.top)
                     event |= {"generated_text": None, "details": None}
-                    if last.finish_reason is not None and piece is pieces[-1]:
-                        event["generated_text"] = _full(body, parameters) + text.text
+                    if output.finish_reason is not None and piece is pieces[-1]:
+                        event["generated_text"] = _before(body) + text.text
                         if parameters.details:
-                            event["details"] = _details(generation, last, text.count)
-                    yield _event(event)
+                            event["details"] = text.counts()
+                    yield sse.event(event)
                 more = await anext(outputs, None)
-                last = more and more[1]
+                output = more and more[1]
         except ApiError as error:
-            yield _event(error.body("/generate_stream"))
+            yield sse.event(error.body("/generate_stream"))
         except Exception:
             logger.exception("request %s failed while it was streamed", generation.client_id)
-            yield _event(ApiError.internal(generation.client_id).body("/generate_stream"))
+            yield sse.event(ApiError.internal(generation.client_id).body("/generate_stream"))
         finally:
             await outputs.aclose()
 
-    def _assembler(self, generation: Generation) -> TextAssembler:
+    def _text(self, generation: Generation, index: int) -> SequenceText:
         state = self._spec.state
-        return TextAssembler(state.vocabulary, state.tokenizer.special, generation.requests[0].sampling_params.stop)
+        return SequenceText(generation.requests[index], state.vocabulary, state.tokenizer.special)
 
 
-def sampling_params(parameters: GenerateParameters, room: int, max_model_len: int, *, logprobs: bool) -> SamplingParams:
-    """The engine's parameters; `room` is how many positions the prompt leaves. Raises ApiError."""
-    wanted = parameters.max_new_tokens
-    if wanted is not None and wanted > room:
-        raise ApiError.invalid(
-            "max_new_tokens",
-            f"{wanted} does not fit: the prompt has {max_model_len - room} tokens and the model {max_model_len} "
-            f"positions for prompt and output, so at most {room}",
-        )
-    sampled = bool(parameters.do_sample)
-    seed = parameters.seed if parameters.seed is not None else secrets.randbits(32)
-    return SamplingParams(
-        max_tokens=wanted or min(DEFAULT_MAX_NEW_TOKENS, room),
-        temperature=(parameters.temperature or 1.0) if sampled else 0.0,
-        top_k=parameters.top_k or 0,
-        top_p=parameters.top_p or 1.0,
-        repetition_penalty=parameters.repetition_penalty or 1.0,
-        seed=seed if sampled else 0,
-        stop=tuple(stop.encode() for stop in parameters.stop or ()),
-        ignore_eos=bool(parameters.ignore_eos_token),
-        logprobs=logprobs,
-    )
-
-
-def _full(body: GenerateRequest, parameters: GenerateParameters) -> str:
-    return body.inputs if parameters.return_full_text else ""
-
-
-def _token(piece: TokenPiece) -> dict[str, Any]:
-    return {
-        "id": piece.id,
-        "text": piece.text,
-        "logprob": piece.logprob,
-        "special": piece.special,
-        "skipped": False,
-    }
-
-
-def _details(generation: Generation, last: SequenceOutput, count: int) -> dict[str, Any]:
-    params, prompt = generation.requests[0].sampling_params, generation.prompt_tokens
-    return {
-        "finish_reason": _REASONS.get(last.finish_reason or FinishReason.ERROR, "error"),
-        "generated_tokens": count,
-        "prompt_tokens": prompt,
-        "input_length": prompt,
-        "skipped_tokens": 0,
-        "seed": params.seed if params.temperature > 0 else None,
-    }
-
-
-def _timings(generation: Generation, last: SequenceOutput, count: int) -> dict[str, str]:
-    """Response headers in milliseconds, as TGI counts them."""
-    total = time.monotonic() - generation.requests[0].arrival_time
-    seconds = {
-        "x-total-time": total,
-        "x-queue-time": last.queue_time,
-        "x-time-to-first-token": last.time_to_first_token,
-        "x-time-per-token": (total - last.queue_time) / max(1, count),
-    }
-    return {"x-generated-tokens": str(count)} | {name: f"{1000 * value:.1f}" for name, value in seconds.items()}
-
-
-def _event(data: dict[str, Any]) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, allow_nan=False)}\n\n"
+def _before(body: GenerateRequest) -> str:
+    """What goes before generated_text."""
+    return body.inputs if body.parameters is not None and body.parameters.return_full_text else ""

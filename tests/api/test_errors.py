@@ -1,19 +1,14 @@
 """What goes wrong in the server, or before a request is one, still answers in the documented shape."""
 
-import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from typing import Any, cast
 
 import pytest
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from server.api.errors import install_handlers
-from server.api.schemas import GenerateParameters, GenerateRequest
-from server.api.spec import Generation
-from server.api.tgi import TgiRoutes
-from server.engine.types import Request, SamplingParams, SequenceOutput
+from server.api.schemas import GenerateRequest
+from tests.api.fake import Fake, outputs
 
 JSON = {"content-type": "application/json"}
 
@@ -96,31 +91,11 @@ def test_json_of_another_name_is_json(client: TestClient) -> None:
         assert client.post("/generate", content=b'{"inputs": "a"}', headers={"content-type": kind}).json() == "a"
 
 
-def test_a_stream_that_hits_a_defect_ends_in_an_error_event_and_holds_no_nan(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    routes = TgiRoutes(cast("Any", None))
-    monkeypatch.setattr(routes, "_assembler", lambda _: _NanText())
-    generation = Generation((Request("r", (1,), SamplingParams(max_tokens=2), (), 0.0, True),), 1, "mine-2")
-
-    async def nothing() -> AsyncGenerator[tuple[int, SequenceOutput]]:
-        return
-        yield
-
-    async def collect() -> list[str]:
-        body, first = GenerateRequest(inputs="a"), SequenceOutput("r", (1,), (float("nan"),), None)
-        return [event async for event in routes._events(body, GenerateParameters(), generation, first, nothing())]
-
-    (event,) = asyncio.run(collect())
+def test_a_stream_that_hits_a_defect_ends_in_an_error_event_and_holds_no_nan(caplog: pytest.LogCaptureFixture) -> None:
+    fake = Fake(lambda request: outputs(request, [64, 65], logprobs=(-1.0, float("nan"))))
+    response = fake.http.post("/generate_stream", json={"inputs": "a"}, headers={"x-request-id": "mine-2"})
+    first, event = response.text.split("\n\n")[:-1]
+    assert '"logprob": -1.0' in first
     assert "NaN" not in event
     assert '"error_type": "internal"' in event
     assert "mine-2" in caplog.text
-
-
-class _NanText:
-    text, count = "", 0
-
-    def push(self, _: SequenceOutput) -> list[Any]:
-        from server.api.text import TokenPiece
-
-        return [TokenPiece(1, 1, "a", float("nan"), special=False)]

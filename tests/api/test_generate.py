@@ -143,7 +143,7 @@ def test_defaults_and_null_are_the_same(server: ServerProcess) -> None:
         ({"top_k": 5}, ["top_k", "do_sample"]),
         ({"best_of": 2}, ["best_of", "2"]),
         ({"watermark": True}, ["watermark"]),
-        ({"top_n_tokens": 5}, ["top_n_tokens"]),
+        ({"top_n_tokens": -1}, ["top_n_tokens", "-1"]),
         ({"grammar": {"type": "json"}}, ["grammar"]),
         ({"colour": "red"}, ["colour"]),
         ({"stop": [""]}, ["stop"]),
