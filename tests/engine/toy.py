@@ -14,7 +14,6 @@ from adapters.residency import Residency
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
 from server.engine.types import Batch, Sampled, Sequence, SequenceOutput, TokenLogprobs, TopTokens
-from server.engine.types import Batch, Sampled, Sequence, SequenceOutput, TokenLogprobs
 from tests.oracle import request, run
 
 EOS = 99
@@ -52,8 +51,6 @@ class ToyRunner:
             TokenLogprobs([self.prompt_logprob] * item.num_told, [((7, -1.25),)] * item.num_told) for item in batch.told
         ]
         return Sampled(tokens, [-0.5] * len(tokens), [self.best] * len(tokens), prompts)
-        prompts = [TokenLogprobs([-1.5] * item.num_told, [((7, -1.25),)] * item.num_told) for item in batch.told]
-        return Sampled(tokens, [-0.5] * len(tokens), [((3, -0.25),)] * len(tokens), prompts)
 
 
 class Toy:
