@@ -17,6 +17,7 @@ from litserve.utils import LitAPIStatus, LoopResponseType
 
 from server.api.messages import FRAMES, Abort, EngineInfo, Forget, Frame, Ping, Submit
 from server.engine.types import ErrorKind, FinishReason, SequenceOutput, StepStats
+from server.logs import configure_logging
 from server.model.config import ModelError
 from server.settings import Settings
 
@@ -35,7 +36,7 @@ class ChorusAPI(ls.LitAPI):
     def setup(self, device: str) -> None:
         """Load everything; LitServe calls this in the worker and marks it ready when it returns."""
         _survive_signals()
-        logging.basicConfig(level=self.settings.log_level.upper(), format="%(levelname)s:     [worker] %(message)s")
+        configure_logging(self.settings.log_level, self.settings.log_format, "worker")
         # torch stays out of the API process, which imports this module too.
         from server.api.build import build
 
