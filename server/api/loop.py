@@ -50,7 +50,15 @@ class ChorusAPI(ls.LitAPI):
 class EngineLoop(LitLoop):
     """LitServe's place for a loop of our own: owns the worker's main thread."""
 
-    def __call__(
+    def __call__(self, *args: Any) -> None:
+        """Run until the process ends; what makes it fail is logged as all else is."""
+        try:
+            self._serve(*args)
+        except Exception:
+            logger.critical("the worker failed", exc_info=True)
+            raise SystemExit(1) from None
+
+    def _serve(
         self,
         lit_api: Any,
         device: str,

@@ -78,7 +78,7 @@ def _describe(span: Span, scope: Scope, record: RequestRecord) -> None:
         "url.scheme": scope["scheme"],
         "error.type": record.error_type,
         "chorus.request_id": record.request_id,
-        "chorus.key": record.key,
+        "chorus.key": record.key or None,
         "chorus.client_gone": record.client_gone or None,
     }
     if record.prompt_tokens is not None:
