@@ -38,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     configure_logging(settings.log_level, settings.log_format)
-    for quiet in ("httpx", "httpcore", "litserve", "asyncio"):
+    for quiet in ("httpx", "httpcore", "asyncio"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
     for line in unknown_variables():
         logger.warning("%s", line)

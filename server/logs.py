@@ -52,5 +52,6 @@ def configure_logging(level: str, kind: str, process: str = "server") -> None:
         handler.setFormatter(logging.Formatter(f"%(levelname)s:     {origin}%(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[handler])
     litserve = logging.getLogger("litserve")
+    litserve.setLevel(logging.WARNING)
     litserve.handlers.clear()
     litserve.propagate = True
