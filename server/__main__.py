@@ -13,10 +13,11 @@ from adapters.sources import Sources
 from adapters.store import AdapterStore
 from server.api.app import ChorusServer, StartupError
 from server.api.spec import Served
+from server.logs import configure_logging
 from server.metrics import OTHER, Metrics
 from server.model.config import GPT2Config, ModelError
 from server.model.source import DEMO_MODEL, resolve_model
-from server.settings import Settings, SettingsError, read_settings, unknown_variables
+from server.settings import SECRETS, Settings, SettingsError, read_settings, unknown_variables
 from server.tokenizer import Tokenizer
 
 logger = logging.getLogger("server")
@@ -30,14 +31,18 @@ def main(arguments: list[str] | None = None) -> int:
         for problem in error.errors():
             name = str(problem["loc"][0]).replace("_", "-") if problem["loc"] else "settings"
             message = problem["msg"].removeprefix("Value error, ")
-            print(f"--{name}: {message}, got {problem.get('input')!r}", file=sys.stderr)
+            got = "" if name.replace("-", "_") in SECRETS else f", got {problem.get('input')!r}"
+            print(f"--{name}: {message}{got}", file=sys.stderr)
         return 2
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s:     %(message)s")
-    for quiet in ("httpx", "httpcore", "litserve", "asyncio"):
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    configure_logging(settings.log_level, settings.log_format)
+    for quiet in ("httpx", "httpcore", "asyncio"):
         logging.getLogger(quiet).setLevel(logging.WARNING)
     for line in unknown_variables():
         logger.warning("%s", line)
-    if settings.api_key is None and settings.host != "127.0.0.1":
+    if not settings.asks_for_key and settings.host != "127.0.0.1":
         logger.warning("inference on %s is open to everyone: set --api-key to ask for a key", settings.host)
     try:
         model_dir = resolve_model(settings.model)

@@ -6,12 +6,15 @@ Flags win over `CHORUS_*` variables, those over `.env` in the working directory,
 
 import difflib
 import os
+import re
+import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal
 
 from dotenv import dotenv_values
 from pydantic import BeforeValidator, ByteSize, Field, SecretStr, ValidationInfo, field_validator
-from pydantic_settings import BaseSettings, CliApp, NoDecode, SettingsConfigDict
+from pydantic_settings import BaseSettings, CliApp, CliImplicitFlag, NoDecode, SettingsConfigDict
 
 from server.model.source import DEMO_MODEL
 
@@ -25,8 +28,16 @@ def _split(value: object) -> object:
     return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _split_keys(value: object) -> object:
+    """The same, but a blank one stays, to be refused: it must not open the server."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
 Words = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 Paths = Annotated[tuple[Path, ...], NoDecode, BeforeValidator(_split)]
+Secrets = Annotated[tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_keys)]
+SECRETS = ("api_key", "admin_key")
+"""Settings whose values no message may show."""
 
 
 class Settings(BaseSettings):
@@ -102,10 +113,32 @@ class Settings(BaseSettings):
         description="Host memory for adapters that were read before: what had to make room on the device comes back "
         "without being read and hashed again; 0 is off.",
     )
-    api_key: SecretStr | None = Field(default=None, description="Key that inference needs; open if left out.")
-    admin_key: SecretStr | None = Field(
+    api_key: Secrets = Field(
+        (),
+        description="Key that inference needs, or several, comma-separated; open if there is none, here or in a file.",
+    )
+    api_key_file: Path | None = Field(
+        None, description="File of such keys, `KEY` or `LABEL KEY` a line; read anew when it changes."
+    )
+    admin_key: Secrets = Field(
+        (),
+        description="Key, or several, of the routes that change adapters; they are closed if there is none. It opens "
+        "all others, too.",
+    )
+    admin_key_file: Path | None = Field(None, description="File of such keys, as --api-key-file.")
+    key_concurrency: int | None = Field(
         None,
-        description="Key of the routes that change adapters; they are closed if left out. It opens all others, too.",
+        ge=1,
+        description="POST requests that a key may have under way at once; more are answered 429. Without keys they are "
+        "counted by remote address.",
+    )
+    key_rate: str | None = Field(
+        None, description="POST requests that a key may send, `N/second` or `N/minute`; more are answered 429."
+    )
+    cors_origins: Words = Field(
+        (),
+        description="Origins whose web pages may call the server, comma-separated, e.g. https://app.example.org; * is "
+        "any.",
     )
     hang_seconds: float = Field(
         default=60.0, gt=1, description="A worker silent for so long is killed and started anew."
@@ -114,19 +147,28 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least severe lines to log."
     )
+    log_format: Literal["text", "json"] = Field(default="text", description="Log lines as text, or JSON for machines.")
+    log_prompts: CliImplicitFlag[bool] = Field(default=False, description="Let the line of a request tell its prompts.")
+    otel_endpoint: str | None = Field(
+        None,
+        pattern="^https?://.+",
+        description="Where traces are sent by OTLP over HTTP, e.g. http://collector:4318; OTEL_EXPORTER_OTLP_ENDPOINT "
+        "does the same. Needs the `otel` extra.",
+    )
 
-    @field_validator("api_key", "admin_key")
+    @field_validator("key_rate")
     @classmethod
-    def _not_blank(cls, value: SecretStr | None) -> SecretStr | None:
-        if value is not None and not value.get_secret_value().strip():
-            raise ValueError("is blank; leave it out to have no key")
+    def _is_a_rate(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(r"[1-9][0-9]{0,8}/(second|minute)", value):
+            raise ValueError("is no rate; write N/second or N/minute, e.g. 60/minute")
         return value
 
-    @field_validator("admin_key")
+    @field_validator("cors_origins")
     @classmethod
-    def _not_the_other(cls, value: SecretStr | None, info: ValidationInfo) -> SecretStr | None:
-        if value is not None and value == info.data.get("api_key"):
-            raise ValueError("is the inference key too: whoever may generate could change adapters; choose another")
+    def _are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in value:
+            if origin != "*" and not re.fullmatch(r"https?://[^/?#\s@]+", origin):
+                raise ValueError(f"{origin!r} is no origin; write scheme://host or scheme://host:port, no path, or *")
         return value
 
     @field_validator("max_batch_tokens")
@@ -137,13 +179,26 @@ class Settings(BaseSettings):
             raise ValueError(f"must be at least {batch}, --max-batch-size: every running request needs a token a step")
         return value
 
+    @property
+    def asks_for_key(self) -> bool:
+        """Whether inference needs a key."""
+        return bool(self.api_key or self.api_key_file)
+
 
 class SettingsError(ValueError):
     """A setting that the model which is served rules out; the message names its flag."""
 
 
 def read_settings(arguments: list[str] | None = None) -> Settings:
-    """Settings from flags, environment and `.env`. Raises pydantic.ValidationError; exits 2 on unknown flags."""
+    """Settings from flags, environment and `.env`.
+
+    Raises pydantic.ValidationError, and SettingsError for a key that is given but empty; exits 2 on unknown flags.
+    """
+    given = sys.argv[1:] if arguments is None else arguments
+    for flag in ("--api-key", "--admin-key"):
+        # What an unset variable of a shell becomes; pydantic-settings would take it for none.
+        if f"{flag}=" in given or (flag, "") in pairwise(given):
+            raise SettingsError(f"{flag}: is blank; leave it out to have no key")
     return CliApp.run(Settings, cli_args=arguments)
 
 
@@ -160,6 +215,18 @@ def unknown_variables() -> list[str]:
                 hint = f"; did you mean {nearest[0]}?" if nearest else ""
                 lines.append(f"{where}{name} names no setting{hint}")
     return lines
+
+
+def traces_asked_for(settings: Settings) -> bool:
+    """By --otel-endpoint or OpenTelemetry's own variables. Raises SettingsError for a protocol not spoken here."""
+    names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    off = os.environ.get("OTEL_SDK_DISABLED", "").lower() == "true" or os.environ.get("OTEL_TRACES_EXPORTER") == "none"
+    if settings.otel_endpoint is None and (off or not any(os.environ.get(name) for name in names)):
+        return False
+    for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        if (protocol := os.environ.get(name)) not in (None, "", "http/protobuf"):
+            raise SettingsError(f"{name} is {protocol!r}: traces are sent by http/protobuf only (port 4318, as a rule)")
+    return True
 
 
 def document() -> str:

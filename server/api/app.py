@@ -24,8 +24,8 @@ import litserve as ls
 from fastapi import FastAPI
 from litserve.utils import ResponseBufferItem, WorkerSetupStatus
 
-from server.api.errors import document_errors, install_handlers
-from server.api.gate import BodyLimit, KeyGate, Keys, passed_the_gate
+from server.api.errors import document_errors
+from server.api.gate import install_middleware, passed_the_gate
 from server.api.lifecycle import LifecycleRoutes
 from server.api.link import EngineLink, Message
 from server.api.loop import ChorusAPI, EngineLoop
@@ -74,10 +74,8 @@ class ChorusServer(ls.LitServer):
         ]  # fmt: skip
         self.app.title, self.app.version = "Chorus", served.version
         document_errors(self.app)
-        settings = served.settings
-        self.app.add_middleware(BodyLimit, archive_bytes=int(settings.max_adapter_bytes))
-        self.app.add_middleware(KeyGate, keys=Keys(settings.api_key, settings.admin_key))
-        install_handlers(self.app)
+        limited = served.metrics.rejected.labels(served.model_name, "rate_limited")
+        install_middleware(self.app, served.settings, served.version, limited.inc)
         self.monitor_internal = 0.25  # * seconds between looks at the worker
         self.uvicorn_graceful_timeout = served.settings.drain_seconds  # *
         self.exit_code = 0
@@ -97,6 +95,7 @@ class ChorusServer(ls.LitServer):
                 log_level="warning" if settings.log_level == "info" else settings.log_level,
                 generate_client_file=False,
                 access_log=False,
+                log_config=None,  # uvicorn's lines go where ours do
             )
         finally:
             for process in multiprocessing.active_children():
@@ -201,11 +200,17 @@ class ChorusServer(ls.LitServer):
         )
         names = [entry.name for entry in state.store.servable()]
         adapter = f'"adapter_id": "{"quotes" if "quotes" in names else names[0]}", ' if names else ""
-        key = '-H "Authorization: Bearer $CHORUS_API_KEY" ' if settings.api_key else ""
+        key = '-H "Authorization: Bearer $CHORUS_API_KEY" ' if settings.asks_for_key else ""
         room = min(64, state.max_model_len // 2)
-        print(
+        serving = (
             f"Chorus serves {state.model_name} with {len(names)} adapters ({', '.join(names[:8])}"
-            f"{', ...' if len(names) > 8 else ''}) on http://{host}:{settings.port}\nTry:\n\n"
+            f"{', ...' if len(names) > 8 else ''}) on http://{host}:{settings.port}"
+        )
+        if settings.log_format == "json":
+            logger.info("%s", serving)
+            return
+        print(
+            f"{serving}\nTry:\n\n"
             f"  curl -s http://{host}:{settings.port}/generate {key}-H 'Content-Type: application/json' -d \\\n"
             f"""    '{{"inputs": "Quote by Oscar Wilde:", "parameters": {{{adapter}"do_sample": true, """
             f""""temperature": 0.8, "top_p": 0.95, "max_new_tokens": {room}, "details": false}}}}'\n""",

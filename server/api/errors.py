@@ -1,9 +1,7 @@
 """Errors as clients see them: a status, a type, a message, in the shape of the dialect that was spoken."""
 
 import logging
-import re
 import reprlib
-import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,10 +13,10 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapters.errors import AdapterConflict, AdapterError, AdapterNotFound, AdapterRefused
+from server.api.request_log import current_record, usable_request_id
 from server.engine.types import ErrorKind, SequenceOutput
 
 logger = logging.getLogger(__name__)
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
 _CODES = {"unauthorized": "invalid_api_key", "overloaded": "rate_limit_exceeded"}  # OpenAI's words for our types
 _MAX_TOLD = 8  # problems of one body
@@ -99,11 +97,15 @@ class ApiError(Exception):
             return {"error": error}
         return {"error": message, "error_type": self.error_type}
 
+    def response(self, path: str) -> JSONResponse:
+        """The answer to the request of that path; the request's log line gets its type."""
+        current_record().error_type = self.error_type
+        return JSONResponse(self.body(path), self.status, self.headers)
 
-def request_id_of(request: Request, otherwise: str | None = None) -> str:
-    """The x-request-id that the client sent, if it is usable, else `otherwise`, else a new one."""
-    sent = request.headers.get("x-request-id", "")
-    return sent if _REQUEST_ID.fullmatch(sent) else otherwise or uuid.uuid4().hex
+
+def request_id_of(request: Request) -> str:
+    """Its x-request-id: the client's if that is usable, else one that RequestLog has put in, else a new one."""
+    return usable_request_id(request.headers.get("x-request-id", ""))
 
 
 class CatchAll:
@@ -131,8 +133,7 @@ class CatchAll:
                 raise  # the connection has to break: what was sent is no whole answer
             request_id = request_id_of(Request(scope))
             logger.exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
-            error = ApiError.internal(request_id)
-            await JSONResponse(error.body(scope["path"]), error.status, error.headers)(scope, receive, send)
+            await ApiError.internal(request_id).response(scope["path"])(scope, receive, send)
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -140,7 +141,7 @@ def install_handlers(app: FastAPI) -> None:
 
     async def on_api_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
-        return JSONResponse(error.body(request.url.path), error.status, error.headers)
+        return error.response(request.url.path)
 
     async def on_adapter_error(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, AdapterError)

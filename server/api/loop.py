@@ -17,6 +17,7 @@ from litserve.utils import LitAPIStatus, LoopResponseType
 
 from server.api.messages import FRAMES, Abort, EngineInfo, Forget, Frame, Ping, Submit
 from server.engine.types import ErrorKind, FinishReason, SequenceOutput, StepStats
+from server.logs import configure_logging
 from server.model.config import ModelError
 from server.settings import Settings
 
@@ -35,7 +36,7 @@ class ChorusAPI(ls.LitAPI):
     def setup(self, device: str) -> None:
         """Load everything; LitServe calls this in the worker and marks it ready when it returns."""
         _survive_signals()
-        logging.basicConfig(level=self.settings.log_level.upper(), format="%(levelname)s:     [worker] %(message)s")
+        configure_logging(self.settings.log_level, self.settings.log_format, "worker")
         # torch stays out of the API process, which imports this module too.
         from server.api.build import build
 
@@ -49,7 +50,15 @@ class ChorusAPI(ls.LitAPI):
 class EngineLoop(LitLoop):
     """LitServe's place for a loop of our own: owns the worker's main thread."""
 
-    def __call__(
+    def __call__(self, *args: Any) -> None:
+        """Run until the process ends; what makes it fail is logged as all else is."""
+        try:
+            self._serve(*args)
+        except Exception:
+            logger.critical("the worker failed", exc_info=True)
+            raise SystemExit(1) from None
+
+    def _serve(
         self,
         lit_api: Any,
         device: str,

@@ -23,6 +23,7 @@ from adapters.store import AdapterStore
 from server.api.errors import CONTEXT_LENGTH_EXCEEDED, ApiError, request_id_of
 from server.api.in_flight import InFlight
 from server.api.link import EngineLink, Overloaded, Unavailable
+from server.api.request_log import RequestRecord, current_record
 from server.engine.types import FinishReason, Request, SamplingParams, SequenceOutput
 from server.metrics import Metrics
 from server.model.config import GPT2Config
@@ -217,7 +218,7 @@ class ChorusSpec(LitSpec):
             for copy in range(copies):
                 own = replace(wanted, seed=(wanted.seed + copy) % 2**64) if copy else wanted
                 requests.append(Request(uuid.uuid4().hex, tuple(ids), own, adapters, now, stream))
-        return Generation(tuple(requests), copies, request_id_of(http, requests[0].request_id))
+        return Generation(tuple(requests), copies, request_id_of(http))
 
     async def outputs(self, generation: Generation) -> AsyncGenerator[tuple[int, SequenceOutput]]:
         """Which of the generation's requests, and what it has put out; a failed one raises ApiError.
@@ -228,14 +229,17 @@ class ChorusSpec(LitSpec):
         at = {request.request_id: i for i, request in enumerate(requests)}
         generated = [0] * len(requests)
         left = set(range(len(requests)))  # those that metrics are to be told of
+        record = self._begin_record(generation)
         try:
             with self.in_flight.hold(generation.names):
                 async with aclosing(self.engine.generate(*requests)) as outputs:
                     async for output in outputs:
                         i = at[output.request_id]
                         generated[i] += len(output.token_ids)
+                        record.add(output)
                         if output.finish_reason is not None:
                             left.discard(i)
+                            record.end(output.finish_reason)
                             self._observe(requests[i], generated[i], output.finish_reason, output)
                         if output.finish_reason is FinishReason.ERROR:
                             raise ApiError.of_output(output)
@@ -250,7 +254,18 @@ class ChorusSpec(LitSpec):
             raise ApiError.unavailable(str(error)) from None
         finally:
             for i in left:
+                record.end(FinishReason.ABORT)
                 self._observe(requests[i], generated[i], FinishReason.ABORT, None)
+
+    def _begin_record(self, generation: Generation) -> RequestRecord:
+        record, state = current_record(), self.state
+        record.begin([each.ref for each in generation.adapters], state.model_name, generation.prompt_tokens)
+        if record.wants_prompts:
+            texts, special = state.vocabulary, state.tokenizer.special
+            prompts = [request.prompt_token_ids for request in generation.requests[:: generation.copies]]
+            decoded = (b"".join(texts[id_] or special.get(id_, "").encode() for id_ in prompt) for prompt in prompts)
+            record.prompts = tuple(text.decode(errors="replace") for text in decoded)
+        return record
 
     def _observe(self, request: Request, generated: int, reason: FinishReason, last: SequenceOutput | None) -> None:
         refs = [each.ref for each in request.adapters]
