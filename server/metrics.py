@@ -14,18 +14,19 @@ M = TypeVar("M", bound=MetricWrapperBase)
 
 MAX_ADAPTER_LABELS = 100
 OTHER = "other"
+ADAPTER_INFO = "chorus_adapter_info"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 class Metrics:
-    """One API process's metrics, in a registry of their own."""
+    """One API process's metrics, in a registry of their own; `metric_totals.py` adds up several."""
 
     def __init__(self, model_name: str, max_lora: int) -> None:
         """`max_lora`: adapters that may be on the device at once."""
         self.registry = CollectorRegistry()
         self._model, self._max_lora = model_name, max_lora
-        self._digests: dict[str, str] = {}  # of the adapters that have labels of their own
+        self.answered: dict[str, tuple[str, float]] = {}  # adapters with labels of their own: digest, when
         self._totals: dict[str, float] = {}
         self._all: list[MetricWrapperBase] = []
 
@@ -61,7 +62,10 @@ class Metrics:
         self.rejected = self._counter(
             "chorus_requests_rejected", "Requests answered without generating, by error type.", ("error_type",)
         )
-        by_adapter = f"the first {MAX_ADAPTER_LABELS} adapters seen by name, the rest as `{OTHER}`; base is `base`"
+        by_adapter = (
+            f"the first {MAX_ADAPTER_LABELS} adapters that an API process sees by name, the rest as `{OTHER}`; "
+            "base is `base`"
+        )
         self.adapter_requests = self._counter(
             "chorus_adapter_requests", f"Requests that ended, by adapter: {by_adapter}.", ("adapter",)
         )
@@ -69,7 +73,7 @@ class Metrics:
             "chorus_adapter_generation_tokens", f"Tokens generated, by adapter: {by_adapter}.", ("adapter",)
         )
         self.adapter_info = self._gauge(
-            "chorus_adapter_info", "1 for the version that an adapter last answered with.", ("adapter", "digest")
+            ADAPTER_INFO, "1 for the version that an adapter last answered with.", ("adapter", "digest")
         )
         self.resident = self._gauge("chorus_adapters_resident", "Adapters on the device.")
         self.resident_bytes = self._gauge("chorus_adapter_memory_bytes", "Of --adapter-memory, what adapters take.")
@@ -171,14 +175,14 @@ class Metrics:
         self._totals[name] = total
 
     def _adapter_label(self, adapter: AdapterRef) -> str:
-        name, known = adapter.name, self._digests.get(adapter.name)
-        if known is None and len(self._digests) >= MAX_ADAPTER_LABELS:
+        name, (known, _) = adapter.name, self.answered.get(adapter.name, (None, 0.0))
+        if known is None and len(self.answered) >= MAX_ADAPTER_LABELS:
             return OTHER
         if known != adapter.digest:
             if known is not None:
                 self.adapter_info.remove(self._model, name, known)
             self.adapter_info.labels(self._model, name, adapter.digest).set(1)
-            self._digests[name] = adapter.digest
+        self.answered[name] = adapter.digest, time.time()
         return name
 
     def _gauge(self, name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
