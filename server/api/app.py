@@ -115,6 +115,8 @@ class ChorusServer(ls.LitServer):
         number = spec.response_queue_id  # *
         async with super().lifespan(app), spec.peers.answering(number, answers):
             link = self._connect(number)
+            if not spec.peers.alone:
+                logger.info("API process %d of %d is %d", number, spec.state.settings.api_workers, os.getpid())
             watch = asyncio.create_task(link.watch())
             try:
                 yield
