@@ -1,4 +1,4 @@
-"""HTTP to token against the engine alone: `python -m benchmarks.server [--json]`.
+"""HTTP to token against the engine alone: `python -m benchmarks.server [--json] [--api-workers 1 2]`.
 
 32 streams of 48 greedy tokens on one model (random weights at gpt2-medium's sizes, or --model DIR), started together:
 through `POST /generate_stream` of a server on loopback, and in the engine in this process. The rate is tokens over the
@@ -10,6 +10,7 @@ import json
 import shutil
 import tempfile
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from benchmarks.common import (
     STEP_TOKENS,
     advance,
     alternate,
+    count,
     emit,
     make_engine,
     make_model,
@@ -92,13 +94,18 @@ def alone(engine: Engine) -> float:
 
 def main() -> None:
     p = parser(__doc__ or "")
+    p.add_argument("--api-workers", type=count, nargs="+", default=[1], help="a server for each of these numbers")
     args = p.parse_args()
     require_positions(p, args.model, LENGTH, "--model")
     with tempfile.TemporaryDirectory() as scratch:
         folder = args.model or checkpoint(Path(scratch))
         engine = make_engine(make_model(folder, getattr(torch, DTYPE), KERNELS), STREAMS, LENGTH)
-        with serving(server_flags(folder)) as url:
-            rates = alternate({"server": partial(over_http, url), "engine": partial(alone, engine)}, args.repeats)
+        with ExitStack() as stack:
+            variants = {"engine": partial(alone, engine)}
+            for workers in args.api_workers:
+                url = stack.enter_context(serving([*server_flags(folder), "--api-workers", str(workers)]))
+                variants["server" if workers == 1 else f"server, {workers} API processes"] = partial(over_http, url)
+            rates = alternate(variants, args.repeats)
         engine.close()
     for name, values in rates.items():
         row = {"benchmark": "server", "streams": STREAMS, "dtype": DTYPE, "system": name}

@@ -14,20 +14,22 @@ M = TypeVar("M", bound=MetricWrapperBase)
 
 MAX_ADAPTER_LABELS = 100
 OTHER = "other"
+ADAPTER_INFO = "chorus_adapter_info"
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 class Metrics:
-    """One API process's metrics, in a registry of their own."""
+    """One API process's metrics, in a registry of their own; `metric_totals.py` adds up several."""
 
     def __init__(self, model_name: str, max_lora: int) -> None:
         """`max_lora`: adapters that may be on the device at once."""
         self.registry = CollectorRegistry()
         self._model, self._max_lora = model_name, max_lora
-        self._digests: dict[str, str] = {}  # of the adapters that have labels of their own
+        self.answered: dict[str, tuple[str, float]] = {}  # adapters with labels of their own: digest, when
         self._totals: dict[str, float] = {}
         self._all: list[MetricWrapperBase] = []
+        self._lora_adapters: tuple[tuple[str, ...], tuple[str, ...]] | None = None  # running and waiting: labels now
 
         self.running = self._gauge("vllm:num_requests_running", "Requests that are decoding.")
         self.waiting = self._gauge("vllm:num_requests_waiting", "Requests that wait for a place in the batch.")
@@ -37,6 +39,7 @@ class Metrics:
             "Adapters that run and wait, as comma-separated names; the value is the time it was last true.",
             ("max_lora", "running_lora_adapters", "waiting_lora_adapters"),
         )
+        self._lora_now = self.lora_info  # the series of those labels
         self.prompt_tokens = self._counter("vllm:prompt_tokens", "Prompt tokens computed.")
         self.generation_tokens = self._counter("vllm:generation_tokens", "Tokens generated.")
         self.success = self._counter(
@@ -61,7 +64,10 @@ class Metrics:
         self.rejected = self._counter(
             "chorus_requests_rejected", "Requests answered without generating, by error type.", ("error_type",)
         )
-        by_adapter = f"the first {MAX_ADAPTER_LABELS} adapters seen by name, the rest as `{OTHER}`; base is `base`"
+        by_adapter = (
+            f"the first {MAX_ADAPTER_LABELS} adapters that an API process sees by name, the rest as `{OTHER}`; "
+            "base is `base`"
+        )
         self.adapter_requests = self._counter(
             "chorus_adapter_requests", f"Requests that ended, by adapter: {by_adapter}.", ("adapter",)
         )
@@ -69,7 +75,7 @@ class Metrics:
             "chorus_adapter_generation_tokens", f"Tokens generated, by adapter: {by_adapter}.", ("adapter",)
         )
         self.adapter_info = self._gauge(
-            "chorus_adapter_info", "1 for the version that an adapter last answered with.", ("adapter", "digest")
+            ADAPTER_INFO, "1 for the version that an adapter last answered with.", ("adapter", "digest")
         )
         self.resident = self._gauge("chorus_adapters_resident", "Adapters on the device.")
         self.resident_bytes = self._gauge("chorus_adapter_memory_bytes", "Of --adapter-memory, what adapters take.")
@@ -89,45 +95,48 @@ class Metrics:
 
     def observe_step(self, stats: StepStats) -> None:
         """Record one step."""
-        self.running.labels(self._model).set(stats.num_running)
-        self.waiting.labels(self._model).set(stats.num_waiting)
-        self.kv_usage.labels(self._model).set(stats.kv_cache_usage)
-        self.lora_info.clear()
-        self.lora_info.labels(
-            self._model, str(self._max_lora), ",".join(stats.running_adapters), ",".join(stats.waiting_adapters)
-        ).set(time.time())
-        self.prompt_tokens.labels(self._model).inc(stats.num_prompt_tokens)
-        self.generation_tokens.labels(self._model).inc(stats.num_generated_tokens)
+        self.running.set(stats.num_running)
+        self.waiting.set(stats.num_waiting)
+        self.kv_usage.set(stats.kv_cache_usage)
+        adapters = stats.running_adapters, stats.waiting_adapters
+        if adapters != self._lora_adapters:
+            self._lora_adapters = adapters
+            self.lora_info.clear()
+            names = [",".join(each) for each in adapters]
+            self._lora_now = self.lora_info.labels(self._model, str(self._max_lora), *names)
+        self._lora_now.set(time.time())
+        self.prompt_tokens.inc(stats.num_prompt_tokens)
+        self.generation_tokens.inc(stats.num_generated_tokens)
         if stats.batch_size:
-            self.step_seconds.labels(self._model).observe(stats.step_seconds)
-            self.batch_size.labels(self._model).observe(stats.batch_size)
+            self.step_seconds.observe(stats.step_seconds)
+            self.batch_size.observe(stats.batch_size)
             decoded = len(stats.inter_token_latencies)
-            self.iteration.labels(self._model).observe(stats.num_prompt_tokens + decoded)
+            self.iteration.observe(stats.num_prompt_tokens + decoded)
         for seconds in stats.first_token_latencies:
-            self.ttft.labels(self._model).observe(seconds)
+            self.ttft.observe(seconds)
         for seconds in stats.inter_token_latencies:
-            self.itl.labels(self._model).observe(seconds)
-        self.resident.labels(self._model).set(stats.resident_adapters)
-        self.resident_bytes.labels(self._model).set(stats.resident_adapter_bytes)
+            self.itl.observe(seconds)
+        self.resident.set(stats.resident_adapters)
+        self.resident_bytes.set(stats.resident_adapter_bytes)
         self._follow(self.loads, "loads", stats.adapter_loads)
         self._follow(self.load_failures, "failures", stats.adapter_load_failures)
         self._follow(self.load_seconds, "seconds", stats.adapter_load_seconds)
         self._follow(self.evictions, "evictions", stats.adapter_evictions)
         self._follow(self.cache_hits, "cache_hits", stats.adapter_cache_hits)
         self._follow(self.cache_misses, "cache_misses", stats.adapter_cache_misses)
-        self.host_cache_bytes.labels(self._model).set(stats.host_cache_bytes)
+        self.host_cache_bytes.set(stats.host_cache_bytes)
 
     def worker_started(self) -> None:
         """A worker has come up: its totals count from zero, and nothing runs on it."""
         if self._totals.get("started"):
-            self.worker_restarts.labels(self._model).inc()
+            self.worker_restarts.inc()
         self._totals = {"started": 1}
-        self.worker_up.labels(self._model).set(1)
+        self.worker_up.set(1)
 
     def worker_lost(self) -> None:
         """The worker died or hangs."""
         self.observe_step(StepStats())
-        self.worker_up.labels(self._model).set(0)
+        self.worker_up.set(0)
 
     def observe_request(
         self,
@@ -145,10 +154,10 @@ class Metrics:
             self.adapter_tokens.labels(self._model, label).inc(generated)
         if last is not None and reason in ("eos", "stop", "length"):
             self.success.labels(self._model, "length" if reason == "length" else "stop").inc()
-            self.e2e.labels(self._model).observe(seconds)
-            self.queue_time.labels(self._model).observe(last.queue_time)
-            self.request_prompt.labels(self._model).observe(prompt_tokens)
-            self.request_generated.labels(self._model).observe(generated)
+            self.e2e.observe(seconds)
+            self.queue_time.observe(last.queue_time)
+            self.request_prompt.observe(prompt_tokens)
+            self.request_generated.observe(generated)
 
     def render(self) -> bytes:
         """The text exposition format."""
@@ -167,18 +176,18 @@ class Metrics:
 
     def _follow(self, counter: Counter, name: str, total: float) -> None:
         """Bring a counter up to a total that the worker keeps; a new worker's totals start at zero."""
-        counter.labels(self._model).inc(max(0.0, total - self._totals.get(name, 0.0)))
+        counter.inc(max(0.0, total - self._totals.get(name, 0.0)))
         self._totals[name] = total
 
     def _adapter_label(self, adapter: AdapterRef) -> str:
-        name, known = adapter.name, self._digests.get(adapter.name)
-        if known is None and len(self._digests) >= MAX_ADAPTER_LABELS:
+        name, (known, _) = adapter.name, self.answered.get(adapter.name, (None, 0.0))
+        if known is None and len(self.answered) >= MAX_ADAPTER_LABELS:
             return OTHER
         if known != adapter.digest:
             if known is not None:
                 self.adapter_info.remove(self._model, name, known)
             self.adapter_info.labels(self._model, name, adapter.digest).set(1)
-            self._digests[name] = adapter.digest
+        self.answered[name] = adapter.digest, time.time()
         return name
 
     def _gauge(self, name: str, text: str, labels: Iterable[str] = ()) -> Gauge:
@@ -192,8 +201,9 @@ class Metrics:
         return self._keep(Histogram(full_name, text, ("model_name",), buckets=buckets, registry=self.registry))
 
     def _keep(self, metric: M) -> M:
+        """Without labels of its own it is bound to the model, once: finding the labels takes longer than to count."""
         self._all.append(metric)
-        return metric
+        return metric.labels(self._model) if metric._labelnames == ("model_name",) else metric  # pyright: ignore
 
 
 if __name__ == "__main__":

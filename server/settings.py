@@ -79,6 +79,12 @@ class Settings(BaseSettings):
     download_seconds: float = Field(default=300.0, gt=0, description="The longest that fetching an adapter may take.")
     host: Literal["127.0.0.1", "0.0.0.0", "::"] = Field(default="127.0.0.1", description="Address to listen on.")
     port: Annotated[int, Field(ge=1024, le=65535)] = Field(default=8000, description="Port to listen on.")
+    api_workers: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="Processes that speak HTTP, before the one that computes: more where one is busy all the time.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where to compute; auto is cuda if there is one."
     )

@@ -1,5 +1,6 @@
 """Adapters as `GET /v1/adapters` shows them."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,19 @@ class RecordWriter:
     def __init__(self, spec: ChorusSpec) -> None:
         self._spec = spec
 
-    def page(self, after: str, limit: int) -> dict[str, Any]:
-        """The records of `limit` names after `after`."""
+    def page(self, after: str, limit: int, in_flight: Mapping[str, int]) -> dict[str, Any]:
+        """The records of `limit` names after `after`; `in_flight`: requests by name."""
         entries = [entry for entry in self._spec.state.store.entries() if entry.name > after]
         page, more = entries[:limit], len(entries) > limit
         return {
             "object": "list",
-            "data": [self._record(entry) for entry in page],
+            "data": [self._record(entry, in_flight) for entry in page],
             "has_more": more,
             "next": page[-1].name if more else None,
             "refused": [] if after else self._refused(),
         }
 
-    def show(self, name: str) -> dict[str, Any]:
+    def show(self, name: str, in_flight: Mapping[str, int]) -> dict[str, Any]:
         """Everything about one name or version. Raises AdapterError."""
         store = self._spec.state.store
         store.registry.refresh()
@@ -54,9 +55,9 @@ class RecordWriter:
                 ref = store.get(name).ref  # a folder, or an error
                 meant = ref.name, ref.digest
             entry = store.registry.entries[meant[0]]
-            record = self._record(entry, meant[1]) | self._files(store.objects.path(meant[1]))
+            record = self._record(entry, in_flight, meant[1]) | self._files(store.objects.path(meant[1]))
         else:
-            record = self._record(entry)
+            record = self._record(entry, in_flight)
         history = store.registry.history(entry.name)
         return record | {
             "history": [
@@ -66,7 +67,7 @@ class RecordWriter:
             "aliases": store.registry.aliases_of(entry.name) if entry.kind is Kind.ADAPTER else [],
         }
 
-    def _record(self, entry: Entry, digest: str | None = None) -> dict[str, Any]:
+    def _record(self, entry: Entry, in_flight: Mapping[str, int], digest: str | None = None) -> dict[str, Any]:
         """Of the entry's current version if `digest` is None."""
         common = {"name": entry.name, "kind": entry.kind.value, "created": entry.created, "updated": entry.updated}
         if entry.kind is Kind.ALIAS:
@@ -83,7 +84,7 @@ class RecordWriter:
             "base_model": version.base_model,
             "state": state,
             "reason": reason,
-            "in_flight": self._spec.in_flight.count(entry.name),
+            "in_flight": in_flight.get(entry.name, 0),
             "folder_changed": self._spec.state.store.changed(entry),
         }
 

@@ -1,4 +1,4 @@
-"""The LitServer: start-up, supervision and shutdown of main, the API process and the worker.
+"""The LitServer: start-up, supervision and shutdown of main, the API processes and the worker.
 
 What LitServe leaves out is added here: a worker that dies while it loads ends the start; one that keeps crashing is
 restarted with growing pauses and then ends the process non-zero; SIGTERM lets what is in flight finish; no process
@@ -10,12 +10,14 @@ import ctypes
 import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -24,20 +26,23 @@ import litserve as ls
 from fastapi import FastAPI
 from litserve.utils import ResponseBufferItem, WorkerSetupStatus
 
+from server import metric_totals
 from server.api.errors import document_errors
 from server.api.gate import install_middleware, passed_the_gate
 from server.api.lifecycle import LifecycleRoutes
 from server.api.link import EngineLink, Message
 from server.api.loop import ChorusAPI, EngineLoop
-from server.api.messages import FRAMES
+from server.api.messages import FRAMES, OBSERVER
 from server.api.openai import OpenAIRoutes
 from server.api.probes import ProbeRoutes
+from server.api.processes import IN_FLIGHT, METRICS, Peers, Places
 from server.api.spec import ChorusSpec, Served
 from server.api.tgi import TgiRoutes
 
 logger = logging.getLogger(__name__)
 MAX_CRASHES = 5
 CRASH_WINDOW_SECONDS = 120.0
+EXIT_SECONDS = 5.0  # an API process may take to end, once it has drained
 _PR_SET_PDEATHSIG = 1
 
 
@@ -46,7 +51,7 @@ class StartupError(Exception):
 
 
 class ChorusServer(ls.LitServer):
-    """One API process and one worker under a supervising main."""
+    """One or more API processes and one worker under a supervising main."""
 
     def __init__(self, served: Served, model_dir: Path) -> None:
         self._spec = ChorusSpec()
@@ -79,6 +84,7 @@ class ChorusServer(ls.LitServer):
         self.monitor_internal = 0.25  # * seconds between looks at the worker
         self.uvicorn_graceful_timeout = served.settings.drain_seconds  # *
         self.exit_code = 0
+        self._places = Places(served.settings.max_batch_size + served.settings.max_waiting)
         self._crashes: deque[float] = deque()
         self._main_pid = os.getpid()
 
@@ -91,7 +97,7 @@ class ChorusServer(ls.LitServer):
             self.run(
                 host=settings.host,
                 port=settings.port,
-                num_api_servers=1,
+                num_api_servers=settings.api_workers,
                 log_level="warning" if settings.log_level == "info" else settings.log_level,
                 generate_client_file=False,
                 access_log=False,
@@ -104,9 +110,15 @@ class ChorusServer(ls.LitServer):
 
     @asynccontextmanager
     async def lifespan(self, app: FastAPI) -> AsyncGenerator[None]:
-        """Runs inside the API process."""
-        async with super().lifespan(app):
-            link = self._connect()
+        """Runs inside each API process."""
+        spec, metrics = self._spec, self._spec.state.metrics
+        answers = {METRICS: partial(metric_totals.snapshot, metrics), IN_FLIGHT: lambda: spec.in_flight.own}
+        spec.in_flight.share(partial(spec.peers.ask, IN_FLIGHT))
+        number = spec.response_queue_id  # *
+        async with super().lifespan(app), spec.peers.answering(number, answers):
+            link = self._connect(number)
+            if not spec.peers.alone:
+                logger.info("API process %d of %d is %d", number, spec.state.settings.api_workers, os.getpid())
             watch = asyncio.create_task(link.watch())
             try:
                 yield
@@ -114,14 +126,15 @@ class ChorusServer(ls.LitServer):
                 watch.cancel()
                 await asyncio.gather(watch, return_exceptions=True)
 
-    def _connect(self) -> EngineLink:
-        spec, settings = self._spec, self._spec.state.settings
+    def _connect(self, number: int) -> EngineLink:
+        spec = self._spec
 
         def send(message: Message) -> None:
-            spec.request_queue.put((spec.response_queue_id, FRAMES, time.monotonic(), message))  # *
+            sent = pickle.dumps(message, pickle.HIGHEST_PROTOCOL)  # the manager need not make objects of it
+            spec.request_queue.put((number, FRAMES, time.monotonic(), sent))  # *
 
-        limit = settings.max_batch_size + settings.max_waiting
-        link = EngineLink(send, spec.state.metrics, limit, settings.hang_seconds)
+        metrics = spec.state.metrics if number == OBSERVER else None
+        link = EngineLink(send, metrics, self._places, spec.state.settings.hang_seconds)
         inbox = _FrameInbox(link)
         self.response_buffer[FRAMES] = ResponseBufferItem(event=inbox, response_queue=inbox)  # *
         spec.link = link
@@ -154,12 +167,15 @@ class ChorusServer(ls.LitServer):
 
     def _start_server(self, *args: Any, **kwargs: Any) -> Any:
         """LitServe does not notice when an API process ends; main does, and ends too. *"""
+        # Not before: the manager, a fork of main too, would keep the sockets of processes that are gone.
+        self._spec.peers = Peers(self._spec.state.settings.api_workers)
         processes = super()._start_server(*args, **kwargs)
+        self._spec.peers.close()
 
         def watch() -> None:
             wait([process.sentinel for process in processes.values()])
             if not self._stopping:
-                logger.critical("the API process ended by itself")
+                logger.critical("an API process ended by itself")
                 self.exit_code = 1
                 os.kill(self._main_pid, signal.SIGTERM)
 
@@ -169,14 +185,23 @@ class ChorusServer(ls.LitServer):
 
     _stopping = False
 
-    def _perform_graceful_shutdown(self, *args: Any, **kwargs: Any) -> None:
-        """Drain the API process, then end the worker, which ignores SIGTERM so that a signal to the group drains. *"""
+    def _perform_graceful_shutdown(self, manager: Any, uvicorn_workers: dict[int, Any], *args: Any) -> None:
+        """Drain the API processes, then end the worker, which ignores SIGTERM: a signal to the whole group drains. *"""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         self._stopping = True
         self._stop_monitor()
+        # All at once: LitServe would end one after the other, and the last would go on taking requests.
+        for process in uvicorn_workers.values():
+            process.terminate()
+        deadline = time.monotonic() + self.uvicorn_graceful_timeout + EXIT_SECONDS
+        for process in uvicorn_workers.values():
+            process.join(max(0.0, deadline - time.monotonic()))
+            if process.is_alive():
+                logger.error("an API process did not end: killing it")
+                process.kill()
         for worker in self.inference_workers:
             worker.terminate = worker.kill
-        super()._perform_graceful_shutdown(*args, **kwargs)
+        super()._perform_graceful_shutdown(manager, {}, *args)
 
     def _stop_monitor(self) -> None:
         # From a thread of its own: main's connection to the manager may be in the middle of a call.
@@ -222,13 +247,13 @@ class _FrameInbox:
     """Stands in for the queue and the event of one entry of LitServe's response buffer."""
 
     def __init__(self, link: EngineLink) -> None:
-        self.append: Callable[[Any], None] = lambda response: link.on_frame(response[0])
+        self.append: Callable[[Any], None] = lambda response: link.on_frame(pickle.loads(response[0]))
 
     def set(self) -> None:
         """Nobody waits on the event: `append` has delivered the frame."""
 
 
 def _die_with_parent() -> None:
-    """Processes forked from main (the manager, the API process) get SIGKILL when main is gone."""
+    """Processes forked from main (the manager, the API processes) get SIGKILL when main is gone."""
     with suppress(OSError):
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -6,12 +6,12 @@ on the engine before a name means it.
 
 import asyncio
 import shutil
+import zlib
 from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
-from weakref import WeakValueDictionary
 
 from fastapi import Query
 from fastapi import Request as HttpRequest
@@ -26,6 +26,7 @@ from adapters.store import AdapterStore, Found
 from server.api.adapter_records import RecordWriter, facts
 from server.api.errors import ApiError
 from server.api.gate import MAX_BODY_BYTES
+from server.api.processes import OneAtATime
 from server.api.schemas_lifecycle import AliasRequest, LoadRequest, UnloadRequest, ValidateRequest
 from server.api.spec import ChorusSpec
 
@@ -42,9 +43,9 @@ class LifecycleRoutes:
     def __init__(self, spec: ChorusSpec) -> None:
         self._spec = spec
         self._records = RecordWriter(spec)
-        # By source: two fetches of one would write the same files.
-        self._fetching: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._publishing = asyncio.Lock()  # one at a time: each takes disk, hashing and a place on the device
+        # By source: two fetches of one would write the same files. Sources that share a lock wait for each other.
+        self._fetching = [OneAtATime() for _ in range(16)]
+        self._publishing = OneAtATime()  # each takes disk, hashing and a place on the device
 
     def register(self) -> None:
         """Add the routes."""
@@ -69,11 +70,11 @@ class LifecycleRoutes:
         after: Annotated[str, Query(max_length=128, description="The last name of the page before.")] = "",
     ) -> dict[str, Any]:
         """Adapters and aliases by name, a page at a time, and the folders that were refused."""
-        return await asyncio.to_thread(self._records.page, after, limit)
+        return await asyncio.to_thread(self._records.page, after, limit, await self._spec.in_flight.counts())
 
     async def show(self, name: str) -> dict[str, Any]:
         """An adapter, an alias or a version (`name@digest`): what it is, where it stands, its history and report."""
-        return await _call("name", self._records.show, name)
+        return await _call("name", self._records.show, name, await self._spec.in_flight.counts())
 
     async def upload(self, name: str, http: HttpRequest) -> dict[str, Any]:
         """Publish a version: the body is a tar, tar.gz or zip of a PEFT adapter folder."""
@@ -103,7 +104,7 @@ class LifecycleRoutes:
 
     async def rollback(self, name: str) -> dict[str, Any]:
         """Give an adapter the version before."""
-        async with self._publishing:
+        async with self._publishing.held():
             before = await _call("name", self._store.before, name)
             if before is not None:
                 await self._prove(before, "name")
@@ -172,14 +173,20 @@ class LifecycleRoutes:
     async def _fetched(self, source: str, field: str) -> AsyncGenerator[tuple[Path, str]]:
         """The adapter folder that a path or address names, and where it came from."""
         downloads = self._store.objects.downloads(source)
-        async with self._fetching.setdefault(source, asyncio.Lock()):
+        async with self._turn(source):
             fetched = await _call(field, self._spec.state.sources.fetch, source, downloads)
             yield fetched.folder, fetched.origin
             await asyncio.to_thread(shutil.rmtree, downloads, ignore_errors=True)  # what failed goes on the next time
 
+    def _turn(self, source: str) -> AbstractAsyncContextManager[None]:
+        """A local folder is read where it lies, by as many as like."""
+        if "://" not in source:
+            return nullcontext()
+        return self._fetching[zlib.crc32(source.encode(errors="replace")) % len(self._fetching)].held()
+
     async def _publish(self, name: str, folder: Path, origin: str, *, new: bool = False) -> dict[str, Any]:
         """Raises AdapterExists, or ApiError."""
-        async with self._publishing:
+        async with self._publishing.held():
             found = await _call("name", self._store.stage, name, folder)
             await self._prove(found, "name")
             await _call("name", partial(self._store.publish, found, origin, new=new))
@@ -198,14 +205,14 @@ class LifecycleRoutes:
     async def _remove(self, name: str, field: str, when_busy: str, seconds: float) -> int:
         """Requests that still use it after `seconds`."""
         in_flight = self._spec.in_flight
-        if when_busy == "refuse" and (count := in_flight.count(name)):
+        if when_busy == "refuse" and (count := (await in_flight.counts())[name]):
             problem = f"{count} requests in flight use {name!r}; try again, or wait for them with when_busy=wait"
             raise ApiError(409, "conflict", problem, {"x-should-retry": "false"}, param=field)
         entry = await _call(field, self._store.remove, name, ORIGIN, Kind.ADAPTER)
-        await in_flight.idle(name, seconds)
+        left = await in_flight.idle(name, seconds)
         for digest in set(entry.stack) - self._store.registry.named():
             self._spec.engine.forget(digest)
-        return in_flight.count(name)
+        return left
 
 
 async def _call(field: str, work: Callable[..., T], *arguments: Any) -> T:

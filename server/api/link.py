@@ -1,4 +1,4 @@
-"""The API process's end of the link to the worker: sends requests, hands frames to those who wait, watches the worker.
+"""An API process's end of the link to the worker: sends requests, hands frames to those who wait, watches the worker.
 
 Nothing waits on a dead worker: a pidfd tells of its end at once, a missing pong of a hang, and whatever is in flight
 then ends with WORKER_LOST. Each start of a worker is an epoch; what was meant for an earlier one is dropped.
@@ -14,6 +14,7 @@ from contextlib import suppress
 
 from adapters.status import AdapterStatus
 from server.api.messages import Abort, EngineInfo, Forget, Frame, Ping, Submit
+from server.api.processes import Places
 from server.engine.types import ErrorKind, FinishReason, Request, SequenceOutput
 from server.metrics import Metrics
 
@@ -34,9 +35,11 @@ class Overloaded(Exception):
 class EngineLink:
     """Requests in flight and the state of the worker, as one API process sees them. Lives on its event loop."""
 
-    def __init__(self, send: Callable[[Message], None], metrics: Metrics, limit: int, hang_seconds: float) -> None:
-        """`send` puts a message on the worker's queue; `limit` is how many requests may be in flight."""
-        self._send, self._metrics, self._limit, self._hang_seconds = send, metrics, limit, hang_seconds
+    def __init__(
+        self, send: Callable[[Message], None], metrics: Metrics | None, places: Places, hang_seconds: float
+    ) -> None:
+        """`send` puts a message on the worker's queue; `metrics` is None where another process observes the steps."""
+        self._send, self._metrics, self._places, self._hang_seconds = send, metrics, places, hang_seconds
         self._live: dict[str, asyncio.Queue[SequenceOutput]] = {}
         self._last_frame = 0.0
         self.info: EngineInfo | None = None
@@ -65,21 +68,25 @@ class EngineLink:
         """
         if self.info is None:
             raise Unavailable("the inference worker is starting or restarting")
-        if len(self._live) + len(requests) > self._limit:
-            more = f", {len(requests)} more would be too many" if len(requests) > 1 else ", as many as may run and wait"
-            raise Overloaded(f"{len(self._live)} requests are in flight{more}")
-        epoch, queue = self.info.epoch, asyncio.Queue[SequenceOutput]()
         left = {request.request_id for request in requests}
+        if not self._places.take(len(left)):
+            more = f", {len(left)} more would be too many" if len(left) > 1 else ", as many as may run and wait"
+            raise Overloaded(f"{self._places.taken} requests are in flight{more}")
+        epoch, queue = self.info.epoch, asyncio.Queue[SequenceOutput]()
         self._live |= dict.fromkeys(left, queue)
         try:
             self._send(Submit(epoch, requests))
             while left:
                 output = await queue.get()
+                if output.request_id not in left:
+                    continue  # it had ended when the worker died
                 if output.finish_reason is not None:
                     left.discard(output.request_id)
                     self._live.pop(output.request_id, None)
+                    self._places.give_back(1)
                 yield output
         finally:
+            self._places.give_back(len(left))
             for request_id in left:
                 del self._live[request_id]
                 if self._epoch == epoch:
@@ -97,13 +104,14 @@ class EngineLink:
         if self.info is None or frame.epoch != self.info.epoch:
             return  # from a worker that was given up
         self._last_frame = time.monotonic()
-        for stats in frame.stats:
-            self._metrics.observe_step(stats)
-            for digest, status, reason in stats.residency:
-                if status == ABSENT:
-                    self.residency.pop(digest, None)
-                else:
-                    self.residency[digest] = status, reason
+        if self._metrics is not None:
+            for stats in frame.stats:
+                self._metrics.observe_step(stats)
+        for digest, status, reason in frame.changes:
+            if status == ABSENT:
+                self.residency.pop(digest, None)
+            else:
+                self.residency[digest] = status, reason
         for output in frame.outputs:
             if (queue := self._live.get(output.request_id)) is not None:
                 queue.put_nowait(output)
@@ -117,7 +125,7 @@ class EngineLink:
             silent = time.monotonic() - self._last_frame
             if self.info is not None and silent > self._hang_seconds:
                 logger.error("worker %d has been silent for %.0f s: killing it", self.info.pid, silent)
-                with suppress(ProcessLookupError):
+                with suppress(ProcessLookupError):  # another API process was faster
                     os.kill(self.info.pid, signal.SIGKILL)
                 self._worker_lost(self.info.epoch)
 
@@ -129,8 +137,9 @@ class EngineLink:
         except ProcessLookupError:
             return  # it died after it sent this
         self.info, self._last_frame = info, time.monotonic()
-        self._metrics.worker_started()
-        logger.info("worker %d is up: %s, %s", info.pid, info.device, info.dtype)
+        if self._metrics is not None:
+            self._metrics.worker_started()
+            logger.info("worker %d is up: %s, %s", info.pid, info.device, info.dtype)
         loop = asyncio.get_running_loop()
 
         def died() -> None:
@@ -146,7 +155,8 @@ class EngineLink:
         logger.error("worker %d is gone; %d requests in flight fail", self.info.pid, len(self._live))
         self.info = None
         self.residency.clear()
-        self._metrics.worker_lost()
+        if self._metrics is not None:
+            self._metrics.worker_lost()
         for request_id, queue in self._live.items():
             queue.put_nowait(
                 SequenceOutput(

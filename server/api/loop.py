@@ -3,10 +3,10 @@
 import logging
 import multiprocessing
 import os
+import pickle
 import queue
 import signal
 import threading
-import time
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,13 @@ import litserve as ls
 from litserve.loops import LitLoop
 from litserve.utils import LitAPIStatus, LoopResponseType
 
-from server.api.messages import FRAMES, Abort, EngineInfo, Forget, Frame, Ping, Submit
-from server.engine.types import ErrorKind, FinishReason, SequenceOutput, StepStats
+from server.api.exchange import Exchange
+from server.api.messages import FRAMES, Frame
 from server.logs import configure_logging
 from server.model.config import ModelError
 from server.settings import Settings
 
 logger = logging.getLogger(__name__)
-STATS_SECONDS = 0.05  # how long figures may wait for a frame when no request has anything to say
-CONSUMER = 0  # the one API process
 
 
 class ChorusAPI(ls.LitAPI):
@@ -69,73 +67,30 @@ class EngineLoop(LitLoop):
         callback_runner: Any,
     ) -> None:
         """Run until the process ends."""
-        engine, info = lit_api.engine, lit_api.info
-        inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        outbox: queue.SimpleQueue[Frame] = queue.SimpleQueue()
-        _thread(_ingress, request_queue, inbox)
+        exchange = Exchange(lit_api.engine, lit_api.info, lit_api.settings.api_workers)
+        outbox: queue.SimpleQueue[list[tuple[int, Frame]]] = queue.SimpleQueue()
+        _thread(_ingress, request_queue, exchange.inbox)
         _thread(self._egress, transport, outbox)
-        stats: list[StepStats] = []
-        last_sent = time.monotonic()
         while True:
-            outputs, ponged, told = self._receive(engine, info, inbox)
-            # A step after an abort tells that nothing runs any more, one after a load that it has ended.
-            if engine.has_work or engine.loading or told:
-                step = engine.step()
-                outputs += step.outputs
-                stats.append(step.stats)
-                if not step.stats.batch_size:
-                    time.sleep(0.001)  # only loads are under way
-            idle = not engine.has_work and not engine.loading
-            if outputs or ponged or (stats and (idle or time.monotonic() - last_sent > STATS_SECONDS)):
-                outbox.put(Frame(info.epoch, info if ponged else None, tuple(outputs), tuple(stats)))
-                stats, last_sent = [], time.monotonic()
+            if frames := exchange.turn():
+                outbox.put(frames)
 
-    def _receive(self, engine: Any, info: EngineInfo, inbox: Any) -> tuple[list[SequenceOutput], bool, bool]:
-        """Take every message that has come; with nothing to do, wait for one."""
-        outputs: list[SequenceOutput] = []
-        ponged = told = False
+    def _egress(self, transport: Any, outbox: "queue.SimpleQueue[list[tuple[int, Frame]]]") -> None:
+        # As bytes: LitServe's manager, in between, would make objects of anything else, and bytes of them again.
         while True:
-            try:
-                busy = engine.has_work or engine.loading or outputs or ponged or told
-                message = inbox.get_nowait() if busy else inbox.get()
-            except queue.Empty:
-                return outputs, ponged, told
-            match message:
-                case Ping():
-                    ponged = True
-                case Submit(epoch, requests) if epoch == info.epoch:
-                    for request in requests:
-                        try:
-                            engine.add_request(request)
-                        except ValueError as error:
-                            outputs.append(_refusal(request.request_id, str(error)))
-                case Abort(epoch, request_id) if epoch == info.epoch:
-                    engine.abort(request_id)
-                    told = True
-                case Forget(epoch, digest) if epoch == info.epoch:
-                    engine.forget(digest)
-                    told = True
-                case _:
-                    logger.debug("dropped a message for an earlier worker: %r", message)
-
-    def _egress(self, transport: Any, outbox: "queue.SimpleQueue[Frame]") -> None:
-        while True:
-            frame = outbox.get()
-            self.put_response(transport, CONSUMER, FRAMES, frame, LitAPIStatus.OK, LoopResponseType.STREAMING)  # pyright: ignore[reportUnknownMemberType]
+            for process, frame in outbox.get():
+                sent = pickle.dumps(frame, pickle.HIGHEST_PROTOCOL)
+                self.put_response(transport, process, FRAMES, sent, LitAPIStatus.OK, LoopResponseType.STREAMING)  # pyright: ignore[reportUnknownMemberType]
 
 
 def _ingress(request_queue: Any, inbox: Any) -> None:
     # A short timeout: a get that still blocks in the manager when this process dies would swallow a request.
     while True:
         try:
-            _, _, _, message = request_queue.get(timeout=0.25)
+            process, _, _, message = request_queue.get(timeout=0.25)
         except queue.Empty:
             continue
-        inbox.put(message)
-
-
-def _refusal(request_id: str, why: str) -> SequenceOutput:
-    return SequenceOutput(request_id, (), (), FinishReason.ERROR, error=why, error_kind=ErrorKind.GENERATION)
+        inbox.put((process, pickle.loads(message)))
 
 
 def _survive_signals() -> None:

@@ -1,11 +1,14 @@
-"""What crosses between the API process and the worker. Without torch."""
+"""What crosses between the API processes and the worker. Without torch."""
 
 from dataclasses import dataclass
 
-from server.engine.types import Request, SequenceOutput, StepStats
+from server.engine.types import AdapterChange, Request, SequenceOutput, StepStats
 
 FRAMES = "chorus-frames"
 """The one uid under which the worker answers; the frames inside carry the requests' own ids."""
+
+OBSERVER = 0
+"""The API process that is sent the figures of steps, and keeps the metrics that are made of them."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +54,10 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class Frame:
-    """One message of the worker: everything since the one before."""
+    """One message of the worker to one API process: everything that concerns it since the one before."""
 
     epoch: str
     pong: EngineInfo | None
-    outputs: tuple[SequenceOutput, ...]
-    stats: tuple[StepStats, ...]
+    outputs: tuple[SequenceOutput, ...]  # of its requests
+    stats: tuple[StepStats, ...]  # for the process that observes; none for the others
+    changes: tuple[AdapterChange, ...] = ()  # of where adapters stand, in order; with the first pong all that stand

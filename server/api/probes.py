@@ -6,6 +6,8 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from adapters.errors import AdapterUnavailable
+from server import metric_totals
+from server.api.processes import METRICS
 from server.api.spec import ChorusSpec
 
 
@@ -40,4 +42,6 @@ class ProbeRoutes:
 
     async def metrics(self) -> Response:
         """Prometheus' text format."""
-        return Response(self._spec.state.metrics.render(), media_type=CONTENT_TYPE_LATEST)
+        metrics, peers = self._spec.state.metrics, self._spec.peers
+        text = metrics.render() if peers.alone else metric_totals.render(metrics, await peers.ask(METRICS))
+        return Response(text, media_type=CONTENT_TYPE_LATEST)

@@ -1,6 +1,6 @@
 """The LitSpec: carries the routes, and what every dialect shares: keys, adapters, admission, hang-ups.
 
-Lives in the API process; the worker gets a copy without any of its live state.
+Lives in each API process; the worker gets a copy without any of its live state.
 """
 
 import asyncio
@@ -23,6 +23,7 @@ from adapters.store import AdapterStore
 from server.api.errors import CONTEXT_LENGTH_EXCEEDED, ApiError, request_id_of
 from server.api.in_flight import InFlight
 from server.api.link import EngineLink, Overloaded, Unavailable
+from server.api.processes import Peers
 from server.api.request_log import RequestRecord, current_record
 from server.engine.types import FinishReason, Request, SamplingParams, SequenceOutput
 from server.metrics import Metrics
@@ -85,7 +86,7 @@ class Generation:
 
 
 class ChorusSpec(LitSpec):
-    """Routes and admission. `served` and `link` are set in the API process only."""
+    """Routes and admission. `served` and `link` are set in an API process only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,9 +94,10 @@ class ChorusSpec(LitSpec):
         self.served: Served | None = None
         self.link: EngineLink | None = None
         self.in_flight = InFlight()
+        self.peers = Peers(1)
 
     def __getstate__(self) -> dict[str, Any]:
-        live = dict.fromkeys(("served", "link", "in_flight", "response_buffer"))
+        live = dict.fromkeys(("served", "link", "in_flight", "peers", "response_buffer"))
         return {**super().__getstate__(), **live, "_endpoints": []}
 
     @property

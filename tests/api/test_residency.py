@@ -1,7 +1,6 @@
 """What the edge knows of adapters on the device, and how it takes one away."""
 
 import asyncio
-import queue
 import subprocess
 import time
 from typing import Any
@@ -10,9 +9,10 @@ import pytest
 
 from adapters import failures
 from adapters.errors import AdapterRefused
+from server.api.exchange import Exchange
 from server.api.link import EngineLink
-from server.api.loop import EngineLoop
-from server.api.messages import EngineInfo, Forget, Frame
+from server.api.messages import EngineInfo, Forget, Frame, Ping
+from server.api.processes import Places
 from server.engine.types import AdapterChange, StepStats
 from server.metrics import Metrics
 from tests.engine.toy import Toy
@@ -23,14 +23,14 @@ def info(pid: int = 0) -> EngineInfo:
 
 
 def frame(*changes: AdapterChange, pong: EngineInfo | None = None, **stats: int) -> Frame:
-    return Frame("epoch", pong, (), (StepStats(residency=changes, **stats),))
+    return Frame("epoch", pong, (), (StepStats(**stats),), changes)
 
 
 def test_the_link_keeps_where_adapters_stand_until_the_worker_dies() -> None:
     async def life() -> None:
         sent: list[Any] = []
         metrics = Metrics("gpt2", 8)
-        link = EngineLink(sent.append, metrics, 8, 60.0)
+        link = EngineLink(sent.append, metrics, Places(8), 60.0)
         link.forget("a")
         assert sent == [], "no worker has it"
         worker = subprocess.Popen(["sleep", "60"])
@@ -61,13 +61,12 @@ def test_the_link_keeps_where_adapters_stand_until_the_worker_dies() -> None:
 def test_the_worker_forgets_what_it_is_told_to() -> None:
     toy = Toy()
     toy.preload("a", "b")
-    inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    inbox.put(Forget("an earlier worker", "b"))
-    inbox.put(Forget("epoch", "a"))
-    outputs, ponged, told = EngineLoop()._receive(toy.engine, info(), inbox)
-    assert (outputs, ponged, told) == ([], False, True), "a step follows, which tells of it"
-    changes = {digest: status for digest, status, _ in toy.engine.step().stats.residency}
-    assert changes == {"a": "absent", "b": "ready"}
+    exchange = Exchange(toy.engine, info(), 1)
+    for message in (Ping(), Forget("an earlier worker", "b"), Forget("epoch", "a")):
+        exchange.inbox.put((0, message))
+    ((process, told),) = exchange.turn()
+    assert process == 0
+    assert {digest: status for digest, status, _ in told.changes} == {"a": "absent", "b": "ready"}
     toy.engine.close()
 
 
@@ -86,7 +85,7 @@ def test_the_last_changes_reach_the_edge_though_nothing_runs() -> None:
 def test_the_edge_remembers_no_more_adapters_than_the_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(failures, "REMEMBERED", 5)
     toy = Toy(resident=3)
-    link = EngineLink(lambda message: None, Metrics("gpt2", 8), 8, 60.0)
+    link = EngineLink(lambda message: None, Metrics("gpt2", 8), Places(8), 60.0)
     link.info = info()
     digests = [f"d{i}" for i in range(60)]
     for i, digest in enumerate(digests):
@@ -94,7 +93,8 @@ def test_the_edge_remembers_no_more_adapters_than_the_worker(monkeypatch: pytest
             toy.errors[digest] = AdapterRefused("rank 0")
         toy.preload(digest)
         while toy.engine.loading:
-            link.on_frame(Frame("epoch", None, (), (toy.engine.step().stats,)))
+            stats = toy.engine.step().stats
+            link.on_frame(Frame("epoch", None, (), (stats,), stats.residency))
     known = {digest: toy.residency.status(digest).value for digest in digests}
     assert {d: status for d, (status, _) in link.residency.items()} == {d: s for d, s in known.items() if s != "absent"}
     assert sorted(status for status, _ in link.residency.values()) == ["ready"] * 3 + ["refused"] * 5
