@@ -31,6 +31,7 @@ from server.api.link import EngineLink, Message
 from server.api.loop import ChorusAPI, EngineLoop
 from server.api.messages import FRAMES
 from server.api.openai import OpenAIRoutes
+from server.api.playground import PlaygroundRoutes, keep_out_of_openapi
 from server.api.probes import ProbeRoutes
 from server.api.spec import ChorusSpec, Served
 from server.api.tgi import TgiRoutes
@@ -51,7 +52,7 @@ class ChorusServer(ls.LitServer):
     def __init__(self, served: Served, model_dir: Path) -> None:
         self._spec = ChorusSpec()
         self._spec.served = served
-        for routes in (TgiRoutes, OpenAIRoutes, LifecycleRoutes, ProbeRoutes):
+        for routes in (TgiRoutes, OpenAIRoutes, LifecycleRoutes, ProbeRoutes, PlaygroundRoutes):
             routes(self._spec).register()
         api = ChorusAPI(served.settings, model_dir, spec=self._spec, loop=EngineLoop())
         # LitServe makes it a dependency of every route; a plain function would cost a thread.
@@ -71,6 +72,7 @@ class ChorusServer(ls.LitServer):
         self.app.router.routes[:] = [r for r in self.app.router.routes if getattr(r, "path", None) in kept]
         self.app.title, self.app.version = "Chorus", served.version
         document_errors(self.app)
+        keep_out_of_openapi(self.app)
         settings = served.settings
         self.app.add_middleware(BodyLimit, archive_bytes=int(settings.max_adapter_bytes))
         self.app.add_middleware(KeyGate, keys=Keys(settings.api_key, settings.admin_key))
@@ -205,7 +207,8 @@ class ChorusServer(ls.LitServer):
             f"{', ...' if len(names) > 8 else ''}) on http://{host}:{settings.port}\nTry:\n\n"
             f"  curl -s http://{host}:{settings.port}/generate {key}-H 'Content-Type: application/json' -d \\\n"
             f"""    '{{"inputs": "Quote by Oscar Wilde:", "parameters": {{{adapter}"do_sample": true, """
-            f""""temperature": 0.8, "top_p": 0.95, "max_new_tokens": {room}, "details": false}}}}'\n""",
+            f""""temperature": 0.8, "top_p": 0.95, "max_new_tokens": {room}, "details": false}}}}'\n\n"""
+            f"or open http://{host}:{settings.port}/playground\n",
             flush=True,
         )
 
