@@ -7,9 +7,10 @@ import { BASE } from "./state.js";
 import { described } from "./voices.js";
 
 const tokens = (n) => `${n} token${n === 1 ? "" : "s"}`;
+const seconds = (ms) => (ms < 1000 ? `${Math.round(ms)} ms` : `${(ms / 1000).toFixed(1)} s`);
 const ENDED = {
   eos_token: (n) => `Ended by itself (EOS) after ${tokens(n)}`,
-  length: (n) => `Cut off at its longest, ${tokens(n)}`,
+  length: (n) => `Cut off at the limit of ${tokens(n)}`,
   stop_sequence: (n) => `Met a stop string after ${tokens(n)}`,
   stopped: (n) => `Stopped by you after ${tokens(n)}`,
 };
@@ -181,7 +182,7 @@ export class Card {
     const shown = [
       ["tokens", this.#count || null],
       ["tokens/s", rate && rate.toFixed(rate < 10 ? 1 : 0)],
-      ["to first token", first === undefined ? null : `${Math.round(first - sent)} ms`],
+      ["to first token", first === undefined ? null : seconds(first - sent)],
     ].filter(([, value]) => value !== null);
     this.#parts.stats.replaceChildren(
       ...shown.map(([name, value]) => el("div", {}, el("dd", {}, String(value)), el("dt", {}, name))),

@@ -4,7 +4,7 @@ import { el, svg } from "./dom.js";
 
 const METRICS = { perplexity: "Perplexity", eos_rate: "EOS rate", format_rate: "Format rate" };
 const MORE = { ...METRICS, mean_tokens: "Mean tokens", distinct_2: "Distinct pairs", overlap_rate: "Copied" };
-const PROMPTS = { test: "Held-out texts", heldout_authors: "Authors never seen" };
+const PROMPTS = { test: "Held-out texts", heldout_authors: "Unseen authors" };
 const NOT_A_NUMBER = "–";
 
 const number = (value) => (typeof value === "object" && value !== null ? number(value.value) : Number.isFinite(value) ? value : null);
@@ -59,15 +59,15 @@ export function curve(points) {
   const steps = path.map(([step]) => step);
   const losses = path.map(([, loss]) => loss);
   const [first, last, low, high] = [Math.min(...steps), Math.max(...steps), Math.min(...losses), Math.max(...losses)];
-  const margin = (high - low || 1) * 0.1;
+  const [above, below] = [0.08, 0.24].map((share) => share * (high - low || 1)); // the lowest has its label below
   const x = (step) => left + ((step - first) / (last - first || 1)) * (width - left - right);
-  const y = (loss) => top + ((high + margin - loss) / (high - low + 2 * margin || 1)) * (height - top - bottom);
+  const y = (loss) => top + ((high + above - loss) / (high - low + above + below)) * (height - top - bottom);
   const at = ([step, loss]) => `${x(step).toFixed(1)},${y(loss).toFixed(1)}`;
   const best = path[losses.indexOf(low)];
   const end = path[path.length - 1];
   const label = `Validation loss: ${path[0][1].toFixed(2)} at step ${path[0][0]}, lowest ${low.toFixed(2)} at step ${best[0]}, ${end[1].toFixed(2)} at the end, step ${end[0]}`;
   const parts = [svg("title", {}, label)];
-  for (const loss of ticks(low - margin, high + margin, 3)) {
+  for (const loss of ticks(low - below, high + above, 3)) {
     parts.push(svg("line", { class: "grid", x1: left, x2: width - right, y1: y(loss), y2: y(loss) }));
     parts.push(svg("text", { x: left - 6, y: y(loss) + 3.5, "text-anchor": "end" }, String(loss)));
   }
@@ -78,8 +78,8 @@ export function curve(points) {
   parts.push(...path.map(([step, loss]) => svg("circle", { class: "point", cx: x(step), cy: y(loss), r: 1.8 })));
   parts.push(svg("circle", { class: "best", cx: x(best[0]), cy: y(best[1]), r: 4 }));
   const aside = x(best[0]) > width - 70 ? "end" : "start";
-  const beside = x(best[0]) + (aside === "end" ? -7 : 7);
-  parts.push(svg("text", { class: "best-label", x: beside, y: y(best[1]) - 7, "text-anchor": aside }, `lowest ${low.toFixed(2)}`));
+  const beside = x(best[0]) + (aside === "end" ? 4 : -4);
+  parts.push(svg("text", { class: "best-label", x: beside, y: y(best[1]) + 15, "text-anchor": aside }, `lowest ${low.toFixed(2)}`));
   return svg("svg", { class: "curve", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label }, ...parts);
 }
 

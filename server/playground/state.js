@@ -5,7 +5,7 @@ export const FIELDS = {
   top_p: { label: "Top-p", min: 0.05, max: 1, step: 0.01, value: 0.95, sampled: true, hint: "1 is off" },
   top_k: { label: "Top-k", min: 0, max: 200, step: 1, value: 0, sampled: true, hint: "0 is off" },
   repetition_penalty: { label: "Repetition penalty", min: 0.5, max: 2, step: 0.05, value: 1, hint: "1 is off" },
-  max_tokens: { label: "Longest answer", min: 1, max: 1024, step: 1, value: 64, hint: "tokens" },
+  max_tokens: { label: "Max tokens", min: 1, max: 1024, step: 1, value: 64, hint: "longest answer" },
 };
 export const BASE = "";  // the base model's place among the voices
 

@@ -12,7 +12,7 @@ from tests.playground.browser import WAIT, find_chromium, launch
 FOLDER = ROOT / "docs" / "images"
 SEED = 7
 SCENE = [("prompt", "Quote by Oscar Wilde:"), ("base", "1"), ("voice", "quotes"), ("voice", "wilde"), ("seed", SEED)]
-SHOTS = {"light": ("light", 1440, 1180), "dark": ("dark", 1440, 1180), "phone": ("light", 390, 844)}
+SHOTS = {"light": ("light", 1440, 1175), "dark": ("dark", 1440, 1175), "phone": ("light", 390, 844)}
 
 
 def shoot(browser: Browser, url: str, name: str) -> None:
@@ -24,13 +24,14 @@ def shoot(browser: Browser, url: str, name: str) -> None:
     )  # fmt: skip
     page.goto(f"{url}/playground#{urlencode(SCENE)}")
     page.locator(".voices .badge[data-state]").nth(2).wait_for(timeout=WAIT)
-    page.get_by_role("button", name="Generate").click()
-    page.locator(".card[data-status=done]").nth(2).wait_for(timeout=WAIT)
+    for _ in range(2):  # the first time loads the adapters
+        page.get_by_role("button", name="Generate").click()
+        page.locator(".card[data-status=done]").nth(2).wait_for(timeout=WAIT)
     if name == "phone":
-        page.locator(".card[data-voice=quotes]").evaluate("card => scrollTo(0, card.offsetTop - 300)")
+        page.locator(".card[data-voice=quotes]").evaluate("card => scrollTo(0, card.offsetTop - 16)")
     else:
         for voice in ("quotes", "wilde"):
-            page.locator(f".card[data-voice={voice}] .report summary").click()
+            page.locator(f".card[data-voice={voice}] .report > summary").click()
     page.screenshot(path=FOLDER / f"playground-{name}.png")
     page.close()
 
@@ -41,12 +42,15 @@ def main() -> None:
         raise SystemExit("no Chromium found; apt-get install chromium")
     FOLDER.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
-        server = ServerProcess(Path(folder) / "log").wait_ready()
-        browser = launch(playwright, executable)
-        for name in SHOTS:
-            shoot(browser, server.url, name)
-        browser.close()
-        server.stop()
+        server = ServerProcess(Path(folder) / "log")
+        try:
+            server.wait_ready()
+            browser = launch(playwright, executable)
+            for name in SHOTS:
+                shoot(browser, server.url, name)
+            browser.close()
+        finally:
+            server.stop()
 
 
 if __name__ == "__main__":

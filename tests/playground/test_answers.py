@@ -37,7 +37,7 @@ def finished(page: Page, count: int) -> None:
     expect(page.locator(".card[data-status=done]")).to_have_count(count)
 
 
-def test_two_adapters_stop_by_themselves_and_the_base_at_its_longest(visit, server: ServerProcess) -> None:
+def test_two_adapters_stop_by_themselves_and_the_base_at_its_limit(visit, server: ServerProcess) -> None:
     seen = visit()
     page = seen.page
     page.goto(f"{server.url}/playground")
@@ -49,7 +49,7 @@ def test_two_adapters_stop_by_themselves_and_the_base_at_its_longest(visit, serv
         page.get_by_role("checkbox", name=name).check()
     page.get_by_label("Prompt", exact=True).fill(PROMPT)
     page.get_by_label("Seed", exact=True).fill("7")
-    page.get_by_label("Longest answer").first.fill("48")
+    page.get_by_label("Max tokens").first.fill("48")
     page.get_by_role("button", name="Generate").click()
     finished(page, 3)
     for voice in VOICES:
@@ -59,7 +59,7 @@ def test_two_adapters_stop_by_themselves_and_the_base_at_its_longest(visit, serv
         assert card.get_attribute("data-reason") == expected["details"]["finish_reason"]
         assert card.get_attribute("data-reason") == ("eos_token" if voice else "length")
         count = expected["details"]["generated_tokens"]
-        said = f"Ended by itself (EOS) after {count} tokens" if voice else "Cut off at its longest, 48 tokens"
+        said = f"Ended by itself (EOS) after {count} tokens" if voice else "Cut off at the limit of 48 tokens"
         expect(card.locator(".reason")).to_have_text(said)
         assert [dt.inner_text() for dt in card.locator(".stats dt").all()] == ["tokens", "tokens/s", "to first token"]
         assert card.locator(".stats dd").first.inner_text() == str(count)

@@ -132,7 +132,7 @@ def test_a_link_shares_the_setup_without_the_key(visit, server: ServerProcess) -
 def test_a_seed_is_rolled_unless_it_is_kept(visit, server: ServerProcess) -> None:
     page = visit().page
     page.goto(f"{server.url}/playground")
-    page.get_by_label("Longest answer").first.fill("1")
+    page.get_by_label("Max tokens").first.fill("1")
     seeds = []
     for _ in range(2):
         page.get_by_role("button", name="Generate").click()
