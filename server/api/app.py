@@ -72,7 +72,6 @@ class ChorusServer(ls.LitServer):
         self.app.router.routes[:] = [r for r in self.app.router.routes if getattr(r, "path", None) in kept]
         self.app.title, self.app.version = "Chorus", served.version
         document_errors(self.app)
-        keep_out_of_openapi(self.app)
         settings = served.settings
         self.app.add_middleware(BodyLimit, archive_bytes=int(settings.max_adapter_bytes))
         self.app.add_middleware(KeyGate, keys=Keys(settings.api_key, settings.admin_key))
@@ -82,6 +81,7 @@ class ChorusServer(ls.LitServer):
         self.exit_code = 0
         self._crashes: deque[float] = deque()
         self._main_pid = os.getpid()
+        keep_out_of_openapi(self.app)
 
     def serve(self) -> int:
         """Run until SIGTERM or SIGINT. Returns the exit code; raises StartupError when the worker can't start."""
