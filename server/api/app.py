@@ -34,6 +34,7 @@ from server.api.link import EngineLink, Message
 from server.api.loop import ChorusAPI, EngineLoop
 from server.api.messages import FRAMES, OBSERVER
 from server.api.openai import OpenAIRoutes
+from server.api.playground import PlaygroundRoutes, keep_out_of_openapi
 from server.api.probes import ProbeRoutes
 from server.api.processes import IN_FLIGHT, METRICS, Peers, Places
 from server.api.spec import ChorusSpec, Served
@@ -56,7 +57,7 @@ class ChorusServer(ls.LitServer):
     def __init__(self, served: Served, model_dir: Path) -> None:
         self._spec = ChorusSpec()
         self._spec.served = served
-        for routes in (TgiRoutes, OpenAIRoutes, LifecycleRoutes, ProbeRoutes):
+        for routes in (TgiRoutes, OpenAIRoutes, LifecycleRoutes, ProbeRoutes, PlaygroundRoutes):
             routes(self._spec).register()
         api = ChorusAPI(served.settings, model_dir, spec=self._spec, loop=EngineLoop())
         # LitServe makes it a dependency of every route; a plain function would cost a thread.
@@ -87,6 +88,7 @@ class ChorusServer(ls.LitServer):
         self._places = Places(served.settings.max_batch_size + served.settings.max_waiting)
         self._crashes: deque[float] = deque()
         self._main_pid = os.getpid()
+        keep_out_of_openapi(self.app)
 
     def serve(self) -> int:
         """Run until SIGTERM or SIGINT. Returns the exit code; raises StartupError when the worker can't start."""
@@ -238,7 +240,8 @@ class ChorusServer(ls.LitServer):
             f"{serving}\nTry:\n\n"
             f"  curl -s http://{host}:{settings.port}/generate {key}-H 'Content-Type: application/json' -d \\\n"
             f"""    '{{"inputs": "Quote by Oscar Wilde:", "parameters": {{{adapter}"do_sample": true, """
-            f""""temperature": 0.8, "top_p": 0.95, "max_new_tokens": {room}, "details": false}}}}'\n""",
+            f""""temperature": 0.8, "top_p": 0.95, "max_new_tokens": {room}, "details": false}}}}'\n\n"""
+            f"or open http://{host}:{settings.port}/playground\n",
             flush=True,
         )
 

@@ -12,13 +12,14 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api import playground
 from server.api.errors import ApiError, install_handlers
 from server.api.keys import Key, Keys
 from server.api.limits import CallerLimits
 from server.api.request_log import RequestLog, current_record
 from server.settings import Settings, SettingsError, traces_asked_for
 
-OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"}) | playground.PATHS
 ANONYMOUS = "anonymous"
 EXPOSED_HEADERS = (
     "retry-after", "x-request-id", "x-adapter-id", "x-adapter-digest", "x-prompt-tokens", "x-generated-tokens",
