@@ -27,13 +27,13 @@ from fastapi import FastAPI
 from litserve.utils import ResponseBufferItem, WorkerSetupStatus
 
 from server import metric_totals
-from server.api.errors import document_errors
 from server.api.gate import install_middleware, passed_the_gate
 from server.api.lifecycle import LifecycleRoutes
 from server.api.link import EngineLink, Message
 from server.api.loop import ChorusAPI, EngineLoop
 from server.api.messages import FRAMES, OBSERVER
 from server.api.openai import OpenAIRoutes
+from server.api.openapi import document
 from server.api.playground import PlaygroundRoutes, keep_out_of_openapi
 from server.api.probes import ProbeRoutes
 from server.api.processes import IN_FLIGHT, METRICS, Peers, Places
@@ -79,7 +79,7 @@ class ChorusServer(ls.LitServer):
             if getattr(route, "endpoint", None) in own or getattr(route, "path", None) in pages
         ]  # fmt: skip
         self.app.title, self.app.version = "Chorus", served.version
-        document_errors(self.app)
+        document(self.app)
         limited = served.metrics.rejected.labels(served.model_name, "rate_limited")
         install_middleware(self.app, served.settings, served.version, limited.inc)
         self.monitor_internal = 0.25  # * seconds between looks at the worker

@@ -8,7 +8,6 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -168,25 +167,6 @@ def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, on_invalid)
     app.add_exception_handler(HTTPException, on_http)
     app.add_middleware(CatchAll)
-
-
-def document_errors(app: FastAPI) -> None:
-    """Let the OpenAPI document show a 422 as it is sent, not as FastAPI would send it."""
-    text = {"type": "string"}
-    tgi = {"type": "object", "properties": {"error": text, "error_type": text}, "required": ["error", "error_type"]}
-    fields = {
-        "message": text,
-        "type": text,
-        "param": {"type": ["string", "null"]},
-        "code": {"type": ["string", "null"]},
-    }
-    inner = {"type": "object", "properties": fields, "required": list(fields)}
-    openai = {"type": "object", "properties": {"error": inner}, "required": ["error"]}
-    for route in app.routes:
-        if isinstance(route, APIRoute):
-            schema = openai if route.path.startswith("/v1/") else tgi
-            content = {"application/json": {"schema": schema}}
-            route.responses[422] = {"description": "Refused: the message names the field", "content": content}
 
 
 def _wrong_content_type(request: Request) -> str | None:

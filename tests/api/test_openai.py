@@ -268,5 +268,6 @@ def test_the_openapi_document_knows_the_fields(server: ServerProcess) -> None:
     assert fields["suffix"]["enum"] == [None]
     assert fields["use_beam_search"]["enum"] == [None, False]
     assert {"/v1/completions", "/v1/chat/completions", "/v1/models", "/v1/models/{name}"} <= set(document["paths"])
-    refused = document["paths"]["/v1/completions"]["post"]["responses"]["422"]["content"]["application/json"]["schema"]
+    told = document["paths"]["/v1/completions"]["post"]["responses"]["422"]["content"]["application/json"]["schema"]
+    refused = document["components"]["schemas"][told["$ref"].rpartition("/")[2]]
     assert set(refused["properties"]["error"]["properties"]) == {"message", "type", "param", "code"}
