@@ -72,4 +72,5 @@ def _tensor(file: BinaryIO, header: TensorHeader) -> torch.Tensor:
 def _has_effect(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether B A moves a random vector by more than rounding would hide. a [rank, in], b [rank, out], scaled."""
     vector = torch.randn(a.shape[1], generator=torch.Generator().manual_seed(0))
-    return bool(((b.float().T @ (a.float() @ vector)).abs() > LEAST_EFFECT).any())
+    moved = (b.float().T @ (a.float() @ vector)).abs()
+    return not bool((moved <= LEAST_EFFECT).all())  # what overflows has an effect, too

@@ -145,6 +145,8 @@ class ChorusSpec(LitSpec):
         """
         if wanted is None or wanted == self.state.model_name:
             return ()
+        if not wanted and not isinstance(wanted, str):
+            raise ApiError.invalid(field, "is an empty list; name an adapter, or leave it out for the base")
         store, key, found = self.state.store, http.headers.get("x-adapter-key"), list[WeightedAdapter]()
         try:
             if isinstance(wanted, str):

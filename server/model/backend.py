@@ -116,7 +116,9 @@ def choose_backend(device: torch.device, dtype: torch.dtype, kernels: str = "aut
         else:
             if native.supports(dtype):
                 return NativeBackend(native)
-    prepack = torch.backends.mkldnn.is_available() and dtype in (torch.float32, torch.bfloat16)
+    prepack = torch.backends.mkldnn.is_available() and (
+        dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
     return TorchBackend("torch, oneDNN" if prepack else "torch", prepack)
 
 

@@ -328,5 +328,27 @@ def test_one_of_several_loads_of_a_new_name_succeeds(lifecycle: ServerProcess) -
     assert len(show(lifecycle, "raced")["versions"]) == 1
 
 
+def test_naming_no_adapter_is_not_the_base(lifecycle: ServerProcess) -> None:
+    assert generate(lifecycle, "").status_code == 404
+    answer = generate(lifecycle, [])
+    assert answer.status_code == 422
+    assert answer.json()["error"] == "`adapter_id` is an empty list; name an adapter, or leave it out for the base"
+
+
+def test_models_leave_out_what_the_engine_refused(lifecycle: ServerProcess, adapters_dir: Path, folders: Path) -> None:
+    shutil.copytree(folders / "two", adapters_dir / "liar")
+    wrong = {"prompt": "a", "prompt_token_ids": [64], "token_ids": [1], "logprobs": [-0.25]}
+    golden = {"format_version": 1, "base_model": "demo", "dtype": "float32", "prompts": [wrong]}
+    (adapters_dir / "liar" / "golden.json").write_text(json.dumps(golden))
+    try:
+        assert generate(lifecycle, "liar").status_code == 422
+        models = httpx.get(f"{lifecycle.url}/v1/models", timeout=60).json()["data"]
+        assert "liar" not in {model["id"] for model in models}
+        assert show(lifecycle, "liar")["state"] == "refused"
+        assert delete(lifecycle, "/v1/adapters/liar").status_code == 200
+    finally:
+        shutil.rmtree(adapters_dir / "liar")
+
+
 def test_the_wrong_route_for_a_name_is_told_the_right_one(lifecycle: ServerProcess) -> None:
     assert "it is an adapter: see /v1/adapters/alpha" in delete(lifecycle, "/v1/aliases/alpha").text

@@ -36,7 +36,7 @@ class Store:
 
     def servable(self) -> list[Any]:
         assert self.go_on.wait(5), "the event loop was blocked"
-        return [SimpleNamespace(name="poe", created=0.0)]
+        return [SimpleNamespace(name="poe", value="d", created=0.0)]
 
 
 def test_a_slow_disk_does_not_stop_the_event_loop() -> None:
