@@ -102,24 +102,35 @@ class KeyGate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        caller: int | None = None
+        caller = 0  # nobody
         try:
             key = authorize(Request(scope), self._keys)
             current_record().key = key.label if key else ANONYMOUS
             if self._limits.on and scope["method"] == "POST" and not changes_adapters("POST", scope["path"]):
-                counted = _number(key, scope)
-                self._limits.take(counted)
-                caller = counted
+                number = _number(key, scope)
+                self._limits.take(number)
+                caller = number
         except ApiError as error:
             if error.status == 429:
                 self._on_limited()
             await error.response(scope["path"])(scope, receive, send)
             return
-        try:
-            await self._app(scope, receive, send)
-        finally:
-            if caller is not None:
+
+        def give_back() -> None:
+            nonlocal caller
+            if caller:
                 self._limits.give_back(caller)
+            caller = 0
+
+        async def told(message: Message) -> None:
+            if message["type"] == "http.response.body" and not message.get("more_body", False):
+                give_back()  # before the client knows that this one has ended, and may send the next
+            await send(message)
+
+        try:
+            await self._app(scope, receive, told)
+        finally:
+            give_back()
 
 
 def _number(key: Key | None, scope: Scope) -> int:

@@ -9,7 +9,10 @@ import pytest
 from server import __main__ as cli
 from server.api import limits as limits_module
 from server.api.errors import ApiError
+from server.api.gate import KeyGate
+from server.api.keys import Keys
 from server.api.limits import PROBES, SLOTS, CallerLimits
+from server.settings import read_settings
 from tests.api.gated import Call, Gated
 
 
@@ -139,6 +142,33 @@ def test_a_place_is_held_until_the_stream_has_ended_or_the_client_is_gone() -> N
         assert (await Call(gated.app, "/generate", one).ended()).status == 200, "whatever way they ended"
 
     asyncio.run(scenario())
+
+
+def test_a_client_that_has_all_of_an_answer_may_send_the_next_request() -> None:
+    limits, sent = CallerLimits(1, None), list[str]()
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        for more_body in (True, False):
+            await send({"type": "http.response.body", "body": b"a", "more_body": more_body})
+
+    async def send(message: Any) -> None:
+        try:
+            await KeyGate(app, Keys(read_settings([])), limits, lambda: None)(scope, receive, ended)
+        except AssertionError:
+            sent.append("refused")
+        else:
+            sent.append("served")
+
+    async def receive() -> Any:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def ended(message: Any) -> None:
+        assert message.get("status") != 429
+
+    scope = {"type": "http", "method": "POST", "path": "/generate", "headers": [], "client": ("10.0.0.1", 1)}
+    asyncio.run(KeyGate(app, Keys(read_settings([])), limits, lambda: None)(scope, receive, send))
+    assert sent == ["refused", "refused", "served"], "at its head, in its middle, with its last bytes"
 
 
 def test_without_keys_callers_are_their_addresses() -> None:

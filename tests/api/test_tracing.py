@@ -236,9 +236,12 @@ def test_the_whole_way_of_requests_through_logs_and_traces(
         assert answer.status_code == 200
         digest, ident = answer.headers["x-adapter-digest"], answer.headers["x-request-id"]
         assert client.post("/generate", json=body | {"inputs": 1}).status_code == 422
-        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as slow:  # never ends its body
-            slow.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nX-API-Key: s3cret\r\nContent-Length: 9\r\n\r\n{")
-            server.wait_until(lambda: client.post("/generate", json=body).status_code == 429, 10)
+        port = int(server.url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port)) as slow:  # never sends its body
+            headers = "Host: x\r\nX-API-Key: s3cret\r\nContent-Length: 9\r\nExpect: 100-continue"
+            slow.sendall(f"POST /generate HTTP/1.1\r\n{headers}\r\n\r\n".encode())
+            assert slow.recv(1000).startswith(b"HTTP/1.1 100 Continue"), "it is past the gate"
+            assert client.post("/generate", json=body).status_code == 429
         server.wait_until(lambda: client.post("/generate_stream", json=body).status_code == 200, 10)
     assert server.metric("chorus_requests_rejected_total", error_type="rate_limited") >= 1
     assert server.stop() == 0
