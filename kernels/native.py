@@ -166,9 +166,9 @@ class Native:
 
         The token is -1 where the row holds NaN or its largest is infinite, -2 where it does so after its edits.
 
-        raw [S, V] fp32 contiguous; penalty [S] fp32, of row r's tokens seen[seen_from[r]:seen_from[r + 1]] (int64, each
-        once); temperature [S] fp32, 0 is greedy; top_k [S] int64, V or more is off; top_p and typical_p [S] fp32, 1 or
-        more is off; uniform [S] fp64 in [0, 1); wanted [S] int64, 0 or 1.
+        raw [S, V] fp32 contiguous; penalty [S] fp32, of row r's tokens seen[seen_from[r]:seen_from[r + 1]] (int64, in a
+        row with edits each once); temperature [S] fp32, 0 is greedy; top_k [S] int64, V or more is off; top_p and
+        typical_p [S] fp32, 1 or more is off; uniform [S] fp64 in [0, 1); wanted [S] int64, 0 or 1.
         """
         tokens = torch.empty(len(raw), dtype=torch.int64)
         logprobs = torch.empty(len(raw), dtype=torch.float64)

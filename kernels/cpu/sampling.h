@@ -14,17 +14,11 @@ struct Weighed {
   float w;
   int64_t id;
 };
-struct Typical {
-  double far;  // of its surprise from the expected one
-  float w;
-  int64_t id;
-};
 
 struct Scratch {
-  std::vector<float> w, scores;
+  std::vector<float> w, scores, far;
   std::vector<int32_t> ids;  // of the tokens that are heavy enough to be looked at
   std::vector<Weighed> bucket;
-  std::vector<Typical> near;
   std::vector<float> maxima;
   double mass[2][BUCKETS];  // two of each: neighbours often fall into the same bucket and would wait for each other
   int32_t count[2][BUCKETS];
@@ -79,28 +73,30 @@ struct Scratch {
   // as near as the last; zeroes the others (Meister et al. 2022). Surprises differ as the scores x do.
   void keep_typical(const float* x, int64_t V, double enough, double all) {
     double mean = 0;
-    for (int64_t i = 0; i < V; i++)
-      if (w[i] > 0) mean += w[i] / all * x[i];
-    near.clear();
-    for (int64_t i = 0; i < V; i++)
-      if (w[i] > 0) near.push_back({std::abs(x[i] - mean), w[i], i});
-    auto from = near.begin(), to = near.end();  // the last one kept is among these, `held` lies before
-    double held = 0;
-    while (to - from > 1) {
-      auto middle = from + (to - from) / 2;
-      std::nth_element(from, middle, to, [](const Typical& a, const Typical& b) { return a.far < b.far; });
-      double mass = 0;
-      for (auto i = from; i < middle; i++) mass += i->w;
-      if (held + mass >= enough) {
-        to = middle;
-      } else {
-        held += mass;
-        from = middle;
-      }
+    for (int64_t i = 0; i < V; i++) mean += w[i] > 0 ? w[i] * (double)x[i] : 0;
+    mean /= all;
+    far.resize(V);
+    std::memset(mass, 0, sizeof mass);
+    for (int64_t i = 0; i < V; i++) {
+      far[i] = (float)std::abs(x[i] - mean);
+      if (w[i] > 0) mass[i % 2][bucket_of(far[i])] += w[i];
     }
-    double limit = from->far;
-    for (const Typical& each : near)
-      if (each.far > limit) w[each.id] = 0;
+    int b = 0;
+    double held = 0, holds;
+    for (; b < BUCKETS - 1 && held + (holds = mass[0][b] + mass[1][b]) < enough; b++) held += holds;
+    bucket.clear();
+    for (int64_t i = 0; i < V; i++)
+      if (w[i] > 0 && bucket_of(far[i]) == b) bucket.push_back({far[i], i});
+    std::sort(bucket.begin(), bucket.end(),
+              [](const Weighed& x, const Weighed& y) { return x.w < y.w || (x.w == y.w && x.id < y.id); });
+    float limit = bucket.empty() ? INFINITY : bucket.back().w;  // rounding may keep all of them below `enough`
+    for (const Weighed& each : bucket) {
+      if ((held += w[each.id]) < enough) continue;
+      limit = each.w;
+      break;
+    }
+    for (int64_t i = 0; i < V; i++)
+      if (far[i] > limit) w[i] = 0;
   }
 
   // At least `most` tokens weigh as much as this: the most-th largest of the maxima of blocks, 0 if there are fewer blocks.
@@ -189,7 +185,7 @@ static inline double log_softmax(float x, float top, double log_sum) { return (d
 
 // What the scores are changed by before a token is chosen, for row r at from[r] .. from[r + 1].
 struct Changes {
-  const int64_t *seen, *seen_from;  // each once; positive scores are divided by the penalty, others multiplied
+  const int64_t *seen, *seen_from;  // where there are edits each once; positive scores are divided, others multiplied
   const float* penalty;             // [S]
   const int64_t *ids, *ids_from;    // each once; null: none
   const float *added, *taken;       // before the penalty, after it
@@ -201,9 +197,10 @@ struct Changes {
     scores.assign(row, row + V);
     if (edits(r))
       for (int64_t i = ids_from[r]; i < ids_from[r + 1]; i++) scores[ids[i]] += added[i];
+    const float* before = edits(r) ? scores.data() : row;
     for (int64_t i = seen_from[r]; i < seen_from[r + 1]; i++) {
-      float& score = scores[seen[i]];
-      score = score < 0 ? score * penalty[r] : score / penalty[r];
+      float score = before[seen[i]];
+      scores[seen[i]] = score < 0 ? score * penalty[r] : score / penalty[r];
     }
     if (edits(r))
       for (int64_t i = ids_from[r]; i < ids_from[r + 1]; i++) scores[ids[i]] -= taken[i];

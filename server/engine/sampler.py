@@ -88,7 +88,10 @@ def choose_by_torch(logits: torch.Tensor, rows: Seq[SamplingRow]) -> tuple[list[
 
 def _choose_natively(native: Native, logits: torch.Tensor, rows: Seq[SamplingRow]) -> tuple[list[int], list[float]]:
     vocab, params = logits.shape[-1], [row.params for row in rows]
-    seen = [set(row.seen) if row.params.repetition_penalty != 1.0 else () for row in rows]
+    edits = pack_edits(rows)
+    seen = [row.seen if row.params.repetition_penalty != 1.0 else () for row in rows]
+    if edits is not None:
+        seen = [set(tokens) for tokens in seen]
     typical = any(p.typical_p < 1 for p in params)
     return native.choose(
         logits,
@@ -101,7 +104,7 @@ def _choose_natively(native: Native, logits: torch.Tensor, rows: Seq[SamplingRow
         torch.tensor([uniform(row.params.seed, row.index) for row in rows], dtype=torch.float64),
         torch.tensor([int(p.logprobs and not p.top_logprobs) for p in params]),
         torch.tensor([p.typical_p for p in params]) if typical else None,
-        pack_edits(rows),
+        edits,
     )
 
 
