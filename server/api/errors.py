@@ -17,7 +17,11 @@ from server.engine.types import ErrorKind, SequenceOutput
 
 logger = logging.getLogger(__name__)
 CONTEXT_LENGTH_EXCEEDED = "context_length_exceeded"
-_CODES = {"unauthorized": "invalid_api_key", "overloaded": "rate_limit_exceeded"}  # OpenAI's words for our types
+_CODES = {  # OpenAI's words for our types
+    "unauthorized": "invalid_api_key",
+    "overloaded": "rate_limit_exceeded",
+    "rate_limited": "rate_limit_exceeded",
+}
 _MAX_TOLD = 8  # problems of one body
 _BY_STATUS = {401: "unauthorized", 404: "not_found", 405: "method_not_allowed", 413: "validation", 422: "validation"}
 
@@ -204,8 +208,12 @@ def brief(value: Any) -> str:
 
 def _where(problem: Mapping[str, Any]) -> str:
     """The field that a pydantic error is about, dotted; nothing for the body as a whole."""
-    loc = problem["loc"]
-    return "" if problem["type"] == "json_invalid" else ".".join(str(part) for part in loc if part != "body")
+    if problem["type"] == "json_invalid":
+        return ""
+    parts = [str(part) for part in problem["loc"] if part != "body"]
+    if problem["type"] != "extra_forbidden":  # that one ends in the client's word, whatever it is
+        parts = [part for part in parts if not set(part) & set("[(-")]  # branches of a union, such as `list[str]`
+    return ".".join(parts)
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
