@@ -21,8 +21,8 @@ def found(served: ServerProcess) -> dict[str, Any]:
 )
 def test_generate(call: str, adapter: str | None, found: dict[str, Any], served: ServerProcess) -> None:
     got = found[call]
-    assert got["text"] == generated(served, adapter, 12)
-    assert (got["reason"], got["count"], got["seed"]) == ("length", 12, None)
+    assert got["text"] == generated(served, adapter, 8)
+    assert (got["reason"], got["count"], got["seed"]) == ("length", 8, None)
     assert "".join(text for _, text, _ in got["tokens"]) == got["text"]
     assert all(logprob <= 0 for _, _, logprob in got["tokens"])
 
@@ -31,7 +31,7 @@ def test_generate(call: str, adapter: str | None, found: dict[str, Any], served:
     ("call", "adapter"), [("tgi stream", None), ("lorax stream None", None), ("lorax stream poet", "wilde")]
 )
 def test_a_stream_holds_the_same(call: str, adapter: str | None, found: dict[str, Any], served: ServerProcess) -> None:
-    assert found[call] == [generated(served, adapter, 12)] * 2
+    assert found[call] == [generated(served, adapter, 8)] * 2
 
 
 def test_the_prompt_is_told_of(found: dict[str, Any]) -> None:
@@ -49,7 +49,12 @@ def test_the_best_tokens_are_told_of(found: dict[str, Any]) -> None:
 
 def test_every_setting_of_the_client_is_taken(found: dict[str, Any]) -> None:
     assert found["tgi sampled"]["count"] <= 8
-    assert found["tgi sampled"]["seed"] is not None
+    assert found["tgi sampled"]["seed"] == 3
+
+
+def test_the_best_of_two_comes_with_the_other(found: dict[str, Any]) -> None:
+    assert len(found["tgi best"]) == 2
+    assert all(1 <= count <= 8 for count in found["tgi best"])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import openai
 url, key = sys.argv[1:]
 client = openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0, timeout=60)
 PROMPT = "Quote by Oscar Wilde:"
-GREEDY = {"prompt": PROMPT, "temperature": 0, "max_tokens": 12}
+GREEDY = {"prompt": PROMPT, "temperature": 0, "max_tokens": 8}
 found = {"version": openai.__version__}
 
 found["models"] = [model.id for model in client.models.list()]
@@ -28,7 +28,7 @@ for model in ("demo", "wilde", "poet", "wilde:0.5,love:0.5"):
         "id": plain.id,
     }
 
-two = client.completions.create(model="quotes", prompt=[PROMPT, [31695, 416]], n=2, seed=5, max_tokens=8, logprobs=3)
+two = client.completions.create(model="quotes", prompt=[PROMPT, "The"], n=2, seed=5, max_tokens=8, logprobs=3)
 found["choices"] = [[choice.index, choice.text, choice.logprobs.model_dump()] for choice in two.choices]
 
 echoed = client.completions.create(model="wilde", prompt=PROMPT, echo=True, logprobs=1, max_tokens=1, temperature=0)

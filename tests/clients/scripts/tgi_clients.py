@@ -28,19 +28,21 @@ def shown(response):
 
 
 tgi = text_generation.Client(url, headers=headers, timeout=60)
-found["tgi"] = shown(tgi.generate(PROMPT, max_new_tokens=12, decoder_input_details=True))
+found["tgi"] = shown(tgi.generate(PROMPT, max_new_tokens=8, decoder_input_details=True))
 everything = {"do_sample": True, "seed": 3, "top_p": 0.9, "top_k": 20, "temperature": 0.8, "typical_p": 0.9}
-everything |= {"best_of": 2, "truncate": 4, "frequency_penalty": 0.5, "repetition_penalty": 1.1}
+everything |= {"truncate": 4, "frequency_penalty": 0.5, "repetition_penalty": 1.1}
+best = tgi.generate(PROMPT, max_new_tokens=8, do_sample=True, best_of=2).details  # the client takes no seed with it
+found["tgi best"] = [best.generated_tokens, *(each.generated_tokens for each in best.best_of_sequences)]
 found["tgi sampled"] = shown(tgi.generate(PROMPT, max_new_tokens=8, stop_sequences=["zzz"], **everything))
-parts = list(tgi.generate_stream(PROMPT, max_new_tokens=12))
+parts = list(tgi.generate_stream(PROMPT, max_new_tokens=8))
 found["tgi stream"] = ["".join(p.token.text for p in parts if not p.token.special), parts[-1].generated_text]
 top = tgi.generate(PROMPT, max_new_tokens=2, top_n_tokens=3).details.top_tokens
 found["tgi top"] = [[token.id for token in tokens] for tokens in top]
 
 client = lorax.Client(url, headers=headers, timeout=60)
 for name in (None, "wilde", "poet"):
-    found[f"lorax {name}"] = shown(client.generate(PROMPT, adapter_id=name, max_new_tokens=12, details=True))
-    parts = list(client.generate_stream(PROMPT, adapter_id=name, max_new_tokens=12))
+    found[f"lorax {name}"] = shown(client.generate(PROMPT, adapter_id=name, max_new_tokens=8, details=True))
+    parts = list(client.generate_stream(PROMPT, adapter_id=name, max_new_tokens=8))
     found[f"lorax stream {name}"] = [
         "".join(part.token.text for part in parts if not part.token.special),
         parts[-1].generated_text,
