@@ -9,6 +9,7 @@ from adapters.references import Reference, is_tag, parse_reference, parse_weight
 from adapters.registry import Kind, Registry, targets_in
 
 MAX_TARGETS = 16
+MAX_WEIGHT = 100.0
 
 
 def check_targets(alias: Reference, wanted: Sequence[tuple[str, float]]) -> list[tuple[Reference, float]]:
@@ -20,8 +21,8 @@ def check_targets(alias: Reference, wanted: Sequence[tuple[str, float]]) -> list
     targets: list[tuple[Reference, float]] = []
     for text, weight in wanted:
         target = parse_reference(text)
-        if parse_weight(weight, text) < 0:
-            raise ValueError(f"{text!r}: the weight is {weight!r}; expected a positive number")
+        if not 0 < parse_weight(weight, text) <= MAX_WEIGHT:
+            raise ValueError(f"{text!r}: the weight is {weight!r}; expected a number above 0, at most {MAX_WEIGHT:g}")
         if alias.at is not None and target.name != alias.name:
             raise ValueError(f"{text!r}: {str(alias)!r} can only stand for versions of {alias.name!r}")
         if alias.at is None and target.name == alias.name:

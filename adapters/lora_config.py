@@ -32,6 +32,7 @@ _INERT = {
     "peft_version", "fan_in_fan_out", "megatron_core", "qalora_group_size", "runtime_config",
     "ensure_weight_tying", "eva_config",
 }  # fmt: skip
+_OUTSIDE = ("lm_head", "transformer.wte", "transformer.wpe")
 _NEUTRAL_INIT = (True, False, None, "gaussian", "orthogonal", "eva")
 
 
@@ -55,6 +56,11 @@ def read_lora_spec(folder: Path, shape: BaseShape, roots: Collection[Path] | Non
     if not isinstance(rslora, bool):
         raise AdapterRefused(f"use_rslora is {shown(rslora)}: expected true or false")
     targets = _Targets(config)
+    if (whole := targets.beyond()) is not None:
+        raise AdapterRefused(
+            f"target_modules {shown(config.get('target_modules'))} name {whole}, which is not adapted here; "
+            f"expected some of {', '.join(TARGETS)}"
+        )
     rank_pattern, alpha_pattern = _pattern(config, "rank_pattern"), _pattern(config, "alpha_pattern")
     modules: dict[ModuleKey, tuple[int, float]] = {}
     for layer in range(shape.n_layer):
@@ -136,6 +142,12 @@ class _Targets:
         else:
             found = re.match(r".*?\.[^.]*\.(?P<idx>\d+)\.", name)
         return found is not None and found["idx"] is not None and int(found["idx"]) in self._layers
+
+    def beyond(self) -> str | None:
+        """A module outside the blocks that PEFT would adapt, too."""
+        if self._wanted == "all-linear":  # PEFT leaves the output layer out of it
+            return None
+        return next((name for name in _OUTSIDE if self.include(name)), None)
 
 
 def _layers(config: Mapping[str, Any]) -> list[int]:

@@ -2,14 +2,17 @@
 
 DIR/objects/ab/abcd.../   the files of one version; never changed but for what lies beside the weights
 DIR/staging/              what is being written; a process that dies leaves it for `sweep`
+DIR/locks/                whoever downloads holds one
 """
 
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
 import time
 import uuid
+import zlib
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +31,7 @@ SIDECARS = ("report.json", "README.md", "loss.png")
 """What may lie beside: replaced when the same content is published again."""
 ADAPTER_FILES = (*PROOF_FILES, *SIDECARS)
 MAX_SIDECAR_BYTES = 16 << 20
+_LOCKS = 64
 
 
 class Objects:
@@ -35,9 +39,9 @@ class Objects:
 
     def __init__(self, root: Path) -> None:
         """Raises AdapterUnavailable if it can't be written to."""
-        self._objects, self._staging = root / "objects", root / "staging"
+        self._objects, self._staging, self._locks = root / "objects", root / "staging", root / "locks"
         try:
-            for folder in (self._objects, self._staging):
+            for folder in (self._objects, self._staging, self._locks):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise AdapterUnavailable(f"{root} can't be written to ({error.strerror}): set --store-dir") from error
@@ -63,6 +67,23 @@ class Objects:
         """Where downloads of `source` go on; `delete` clears what nobody finishes."""
         return self._staging / hashlib.sha256(source.encode(errors="replace")).hexdigest()
 
+    def try_downloading(self, source: str) -> int | None:
+        """A descriptor to close when the download is done; None while any process fetches the same source.
+
+        Sources that share a lock wait for each other. Raises AdapterUnavailable.
+        """
+        path = self._locks / f"{zlib.crc32(source.encode(errors='replace')) % _LOCKS:02}"
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise AdapterUnavailable(f"{path} can't be opened: {error.strerror}") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
     def put(self, source: Path, name: str, shape: BaseShape) -> AdapterManifest:
         """Copy the adapter folder `source` and check the copy; its manifest, with the path it has now.
 
@@ -74,10 +95,10 @@ class Objects:
                     _copy(source / file, staged / file)
             try:
                 manifest = inspect_adapter(staged, name, shape)
-                check_values(staged, manifest)
             except AdapterRefused:
                 inspect_adapter(source, name, shape)  # tells of the folder by its own name
-                raise
+                raise AdapterUnavailable(f"{source.name} changed while it was read: try again") from None
+            check_values(staged, manifest)
             self._place(staged, manifest.ref.digest, shape)
         return manifest
 

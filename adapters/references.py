@@ -7,11 +7,10 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from adapters.adapter import NAME_PATTERN
+from adapters.adapter import LEAST_WEIGHT, MOST_WEIGHT, NAME_PATTERN
 
 TAG_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,31}")
 DIGEST_PREFIX = re.compile(r"[0-9a-f]{6,64}")
-MAX_WEIGHT = 100.0
 _COMPARED = 200  # comparing in full ten thousand names takes 0.15 s
 
 
@@ -46,14 +45,15 @@ def parse_composition(text: str) -> list[tuple[str, float]]:
 
 
 def parse_weight(value: str | float, where: str) -> float:
-    """A finite weight that is not zero. Raises ValueError."""
+    """A weight that a composition takes. Raises ValueError."""
     try:
         weight = float(value)
     except (ValueError, OverflowError):
         weight = math.nan
-    if not (0 < abs(weight) <= MAX_WEIGHT):
+    if not LEAST_WEIGHT <= abs(weight) <= MOST_WEIGHT:
         raise ValueError(
-            f"{where!r}: the weight is {value!r}; expected a number between -{MAX_WEIGHT:g} and {MAX_WEIGHT:g}, not 0"
+            f"{where!r}: the weight is {value!r}; expected a number from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g} "
+            "or the negative of one"
         )
     return weight
 

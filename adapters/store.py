@@ -8,16 +8,23 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from adapters.adapter import NAME_PATTERN, AdapterManifest, AdapterRef, AdapterVersion, BaseShape
 from adapters.aliases import check_leads, check_targets, choose
-from adapters.errors import AdapterError, AdapterExists, AdapterNotFound, AdapterRefused, AdapterUnavailable
-from adapters.folders import Folders
-from adapters.objects import Objects
+from adapters.errors import (
+    AdapterConflict,
+    AdapterError,
+    AdapterExists,
+    AdapterNotFound,
+    AdapterRefused,
+    AdapterUnavailable,
+)
+from adapters.folders import Folders, removed
+from adapters.objects import ADAPTER_FILES, Objects
 from adapters.references import DIGEST_PREFIX, Reference, nearest, parse_reference
 from adapters.registry import Entry, Kind, Registry, targets_in
 from adapters.validation import inspect_adapter
@@ -93,18 +100,16 @@ class AdapterStore:
         entry = self.registry.entries.get(reference)
         if entry is None or entry.kind is not Kind.ALIAS or entry.value is None or asked.name in self._reserved:
             return self._version_of(asked)
-        target = parse_reference(choose(reference, targets_in(entry.value), key))
-        if target.at is not None:
-            return target.name, target.at  # in full, and kept for the alias
-        return self._version_of(target)
+        return self._target(parse_reference(choose(reference, targets_in(entry.value), key)))
 
     def all(self) -> list[Found]:
         """Every adapter that can be served, by name, new folders included. Those that can't be are logged once."""
-        return [found for entry in self.entries() if (found := self._served(entry)) is not None]
+        adapters = (entry for entry in self.entries() if entry.kind is Kind.ADAPTER)
+        return [found for entry in adapters for found in self._served(entry)]
 
-    def servable(self) -> list[Entry]:
-        """The same and the aliases, by name."""
-        return [e for e in self.entries() if e.kind is Kind.ALIAS or self._served(e) is not None]
+    def servable(self, refused: Collection[str] = ()) -> list[Entry]:
+        """The same and the aliases that lead to one of them, by name; digests that the engine `refused` don't count."""
+        return [e for e in self.entries() if any(found.ref.digest not in refused for found in self._served(e))]
 
     def entries(self) -> list[Entry]:
         """Every adapter and alias, by name, new folders included."""
@@ -123,30 +128,20 @@ class AdapterStore:
 
     def refusals(self) -> dict[str, str]:
         """Folders that are not served: name and reason."""
-        if self._folders is None:
-            return {}
-        told = {name: str(error) for name, (_, error) in self._folders.refused.items()}
-        removed = [e.name for e in list(self.registry.entries.values()) if e.value is None]
-        told |= {name: _removed(name) for name in removed if self._folders.find(name) is not None}
-        return dict(sorted(told.items()))
+        return {} if self._folders is None else self._folders.refusals(list(self.registry.entries.values()))
 
     def changed(self, entry: Entry) -> str | None:
         """What lies in an adapter's folder if that is not what its name means: a digest, or "refused"."""
-        folders = self._folders
-        if folders is None or folders.find(entry.name) is None or folders.signature(entry.name) == entry.folder:
-            return None
-        digest = folders.digest(entry.name)
-        return None if digest == entry.value else digest or "refused"
+        return None if self._folders is None else self._folders.changed(entry)
 
     def stage(self, name: str, source: Path) -> Found:
         """Take an adapter folder's content in, under no name yet. Raises AdapterRefused, AdapterUnavailable."""
         self.check_name(name)
-        folder = (
-            self._signature(name) if self._is_own(name, source) else ""
-        )  # before: what changes meanwhile has changed
+        # Before: what changes meanwhile has changed.
+        folder = "" if self._folders is None else self._folders.own_signature(name, source)
         manifest = self.objects.put(source, name, self._shape)
         self.registry.add_version(AdapterVersion.of(manifest, self._shape, time.time()))
-        return replace(self._found(name, manifest.ref.digest), folder=folder or "")
+        return replace(self._found(name, manifest.ref.digest), folder=folder)
 
     def publish(self, found: Found, origin: str, *, new: bool = False) -> Entry:
         """Let a name mean what was staged.
@@ -162,6 +157,8 @@ class AdapterStore:
         """
         alias = parse_reference(name)
         self.check_name(alias.name)
+        if self._is_folder(name) and name not in self.registry.entries:
+            raise AdapterConflict(f"{name!r} is an adapter's folder that lies in --adapters-dir: choose another name")
         targets = check_targets(alias, wanted)
         value = json.dumps([(self._fixed(target), weight) for target, weight in targets])
         self._spare(name)
@@ -251,10 +248,10 @@ class AdapterStore:
     def _take_in(self, folders: Folders, name: str) -> Found:
         """Raises AdapterExists when another process has named something so meanwhile, or taken the name away."""
         if name in self.registry.entries:
-            raise AdapterNotFound(name, hint=_removed(name))
+            raise AdapterNotFound(name, hint=removed(name))
         if (refusal := folders.known_refusal(name)) is not None:
             raise refusal
-        signature = folders.signature(name)
+        signature = folders.signature(name, ADAPTER_FILES)
         try:
             found = self.stage(name, folders.root / name)
         except AdapterRefused as error:
@@ -278,14 +275,23 @@ class AdapterStore:
         matching = {digest for digest in entry.stack if digest.startswith(asked.at)}
         return (asked.name, matching.pop()) if len(matching) == 1 else None
 
-    def _served(self, entry: Entry) -> Found | None:
-        if entry.kind is not Kind.ADAPTER or entry.value is None:
-            return None
-        try:
-            return self._fitting(self._found(entry.name, entry.value))
-        except (AdapterRefused, AdapterUnavailable) as error:
-            logger.debug("%s: %s", entry.name, error)
-            return None
+    def _served(self, entry: Entry) -> Iterator[Found]:
+        """What an adapter's or alias's name may mean and can be served."""
+        for meant in self._meanings(entry):
+            try:
+                if meant is not None:
+                    yield self._fitting(self._found(*meant))
+            except (AdapterRefused, AdapterUnavailable) as error:
+                logger.debug("%s: %s", entry.name, error)
+
+    def _meanings(self, entry: Entry) -> list[tuple[str, str] | None]:
+        if entry.kind is Kind.ADAPTER or entry.value is None:
+            return [None if entry.value is None else (entry.name, entry.value)]
+        return [self._target(parse_reference(text)) for text, _ in targets_in(entry.value)]
+
+    def _target(self, target: Reference) -> tuple[str, str] | None:
+        """What an alias's target means; a digest is in full there, and kept for the alias."""
+        return self._version_of(target) if target.at is None else (target.name, target.at)
 
     def _fitting(self, found: Found) -> Found:
         """Raises AdapterRefused where what was published does not fit the base that is served now."""
@@ -307,13 +313,11 @@ class AdapterStore:
             raise AdapterUnavailable(f"version {digest[:12]} of {name!r} is not in the store any more: publish it")
         return Found(AdapterRef(digest, name, str(self.objects.path(digest))), version)
 
+    def _is_folder(self, name: str) -> bool:
+        return self._folders is not None and self._folders.find(name) is not None
+
     def _signature(self, name: str) -> str | None:
         return self._folders.signature(name) if self._folders is not None and self._folders.find(name) else None
-
-    def _is_own(self, name: str, source: Path) -> bool:
-        """Whether a source is what lies under the name in the adapters' folder."""
-        own = None if self._folders is None else self._folders.find(name)
-        return own is not None and own.resolve() == source.resolve()
 
     @contextmanager
     def _naming(self, name: str) -> Generator[None]:
@@ -344,7 +348,3 @@ class AdapterStore:
         if len(known) < _MANY:
             known = self.entries()  # new folders, too
         return nearest(name, [entry.name for entry in known if entry.value is not None])
-
-
-def _removed(name: str) -> str:
-    return f"it was removed; publish {name} from its folder to serve it again"

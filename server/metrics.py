@@ -149,7 +149,8 @@ class Metrics:
     ) -> None:
         """Record a request that has ended, for each of its adapters; `seconds` from arrival."""
         self.finished.labels(self._model, reason).inc()
-        for label in map(self._adapter_label, adapters) if adapters else ("base",):
+        answered = generated > 0 or reason in ("eos", "stop", "length")
+        for label in [self._adapter_label(adapter, answered) for adapter in adapters] or ["base"]:
             self.adapter_requests.labels(self._model, label).inc()
             self.adapter_tokens.labels(self._model, label).inc(generated)
         if last is not None and reason in ("eos", "stop", "length"):
@@ -179,10 +180,12 @@ class Metrics:
         counter.inc(max(0.0, total - self._totals.get(name, 0.0)))
         self._totals[name] = total
 
-    def _adapter_label(self, adapter: AdapterRef) -> str:
+    def _adapter_label(self, adapter: AdapterRef, answered: bool) -> str:
         name, (known, _) = adapter.name, self.answered.get(adapter.name, (None, 0.0))
-        if known is None and len(self.answered) >= MAX_ADAPTER_LABELS:
+        if known is None and (len(self.answered) >= MAX_ADAPTER_LABELS or not answered):
             return OTHER
+        if not answered:
+            return name
         if known != adapter.digest:
             if known is not None:
                 self.adapter_info.remove(self._model, name, known)

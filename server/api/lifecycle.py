@@ -5,10 +5,11 @@ on the engine before a name means it.
 """
 
 import asyncio
+import os
 import shutil
-import zlib
 from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, nullcontext
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -33,6 +34,7 @@ from server.api.spec import ChorusSpec
 T = TypeVar("T")
 ORIGIN = "HTTP"
 DEFAULT_WAIT_SECONDS = 60.0
+POLL_SECONDS = 0.1
 WhenBusy = Annotated[Literal["wait", "refuse"], Query(description="Wait for its requests, or answer 409.")]
 Timeout = Annotated[float, Query(gt=0, le=3600, description="Seconds to wait for its requests.")]
 
@@ -43,8 +45,7 @@ class LifecycleRoutes:
     def __init__(self, spec: ChorusSpec) -> None:
         self._spec = spec
         self._records = RecordWriter(spec)
-        # By source: two fetches of one would write the same files. Sources that share a lock wait for each other.
-        self._fetching = [OneAtATime() for _ in range(16)]
+        self._fetchers = ThreadPoolExecutor(4, "fetch")  # of their own: sources that stall hold up each other alone
         self._publishing = OneAtATime()  # each takes disk, hashing and a place on the device
 
     def register(self) -> None:
@@ -160,29 +161,39 @@ class LifecycleRoutes:
     async def _received(self, http: HttpRequest) -> AsyncGenerator[tuple[Path, "list[str]"]]:
         """The adapter folder that a body holds, and the names of what it holds beside."""
         with self._store.objects.staging() as staging:
-            with (staging / "archive").open("wb") as file:
-                try:
+            try:
+                with (staging / "archive").open("wb") as file:
                     async for chunk in http.stream():
                         await asyncio.to_thread(file.write, chunk)
-                except ClientDisconnect:
-                    raise ApiError(499, "client_closed", "the client closed the connection") from None
+            except ClientDisconnect:
+                raise ApiError(499, "client_closed", "the client closed the connection") from None
+            except OSError as error:
+                raise ApiError.unavailable(f"the upload can't be stored: {error.strerror}") from None
             unpacked = await _call("body", unpack, staging / "archive", staging / "unpacked", self._max_bytes)
             yield unpacked.folder, list(unpacked.ignored)
 
     @asynccontextmanager
     async def _fetched(self, source: str, field: str) -> AsyncGenerator[tuple[Path, str]]:
         """The adapter folder that a path or address names, and where it came from."""
-        downloads = self._store.objects.downloads(source)
-        async with self._turn(source):
-            fetched = await _call(field, self._spec.state.sources.fetch, source, downloads)
+        downloads, fetch = self._store.objects.downloads(source), self._spec.state.sources.fetch
+        if "://" not in source:  # read where it lies, by as many as like
+            fetched = await _call(field, fetch, source, downloads)
+            yield fetched.folder, fetched.origin
+            return
+        async with self._turn(source, field):
+            fetched = await _call(field, fetch, source, downloads, pool=self._fetchers)
             yield fetched.folder, fetched.origin
             await asyncio.to_thread(shutil.rmtree, downloads, ignore_errors=True)  # what failed goes on the next time
 
-    def _turn(self, source: str) -> AbstractAsyncContextManager[None]:
-        """A local folder is read where it lies, by as many as like."""
-        if "://" not in source:
-            return nullcontext()
-        return self._fetching[zlib.crc32(source.encode(errors="replace")) % len(self._fetching)].held()
+    @asynccontextmanager
+    async def _turn(self, source: str, field: str) -> AsyncGenerator[None]:
+        """Two fetches of one source, by whichever processes, would write the same files."""
+        while (lock := await _call(field, self._store.objects.try_downloading, source)) is None:
+            await asyncio.sleep(POLL_SECONDS)
+        try:
+            yield
+        finally:
+            os.close(lock)
 
     async def _publish(self, name: str, folder: Path, origin: str, *, new: bool = False) -> dict[str, Any]:
         """Raises AdapterExists, or ApiError."""
@@ -215,10 +226,10 @@ class LifecycleRoutes:
         return left
 
 
-async def _call(field: str, work: Callable[..., T], *arguments: Any) -> T:
-    """Run in a thread; the errors of adapters and of values become answers about `field`."""
+async def _call(field: str, work: Callable[..., T], *arguments: Any, pool: Executor | None = None) -> T:
+    """Run in a thread (of `pool`, if given); the errors of adapters and of values become answers about `field`."""
     try:
-        return await asyncio.to_thread(work, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(pool, partial(work, *arguments))
     except AdapterExists:
         raise
     except AdapterError as error:

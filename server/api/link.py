@@ -10,6 +10,7 @@ import os
 import signal
 import time
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 from adapters.status import AdapterStatus
@@ -118,9 +119,10 @@ class EngineLink:
 
     async def watch(self) -> None:
         """Ping the worker until cancelled; kill it when it is alive but silent."""
+        loop, thread = asyncio.get_running_loop(), ThreadPoolExecutor(1, "ping")  # of its own: others may be taken
         while True:
             with suppress(ConnectionError, EOFError):  # the queue's own process is gone: main is shutting down
-                await asyncio.to_thread(self._send, Ping())
+                await loop.run_in_executor(thread, self._send, Ping())
             await asyncio.sleep(PING_SECONDS)
             silent = time.monotonic() - self._last_frame
             if self.info is not None and silent > self._hang_seconds:

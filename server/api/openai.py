@@ -90,9 +90,8 @@ class OpenAIRoutes:
         base, longest = state.model_name, state.max_model_len
         cards = [_card(base, None, state.created, longest)]
         judged = {} if self._spec.link is None else self._spec.link.residency
-        for entry in await asyncio.to_thread(state.store.servable):
-            if judged.get(entry.value or "", ("", None))[0] == "refused":
-                continue  # by the engine: of its golden prompts, say
+        refused = {digest for digest, (status, _) in judged.items() if status == "refused"}  # its golden prompts, say
+        for entry in await asyncio.to_thread(state.store.servable, refused):
             cards.append(_card(entry.name, base, entry.created, longest))
         return {"object": "list", "data": cards}
 

@@ -1,6 +1,7 @@
 """What orchestrators ask: is it alive, is it ready, how is it doing."""
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -16,6 +17,7 @@ class ProbeRoutes:
 
     def __init__(self, spec: ChorusSpec) -> None:
         self._spec = spec
+        self._thread = ThreadPoolExecutor(1, "ready")  # of its own: slow reads elsewhere don't make us look unready
 
     def register(self) -> None:
         """Add the routes."""
@@ -35,7 +37,7 @@ class ProbeRoutes:
             missing = "the inference worker does not answer (starting or restarting)"
             return JSONResponse({"ready": False, "missing": [missing]}, 503, {"Retry-After": "2"})
         try:
-            await asyncio.to_thread(self._spec.state.store.check)
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._spec.state.store.check)
         except AdapterUnavailable as error:
             return JSONResponse({"ready": False, "missing": [str(error)]}, 503, {"Retry-After": "2"})
         return JSONResponse({"ready": True, "missing": []})

@@ -100,8 +100,9 @@ def test_a_weighted_alias_divides_requests_and_keeps_each_key_where_it_was(store
     ("name", "targets", "message"),
     [
         ("a", [], "0 targets; expected 1 to 16"),
-        ("a", [("poe", 0)], "'poe': the weight is 0; expected a number between -100 and 100, not 0"),
-        ("a", [("poe", -1.0)], "'poe': the weight is -1.0; expected a positive number"),
+        ("a", [("poe", 0)], "'poe': the weight is 0; expected a number from 1e-06 to 1e[+]06 or the negative of one"),
+        ("a", [("poe", -1.0)], "'poe': the weight is -1.0; expected a number above 0, at most 100"),
+        ("a", [("poe", 100.5)], "'poe': the weight is 100.5; expected a number above 0, at most 100"),
         ("a", [("poe", float("nan"))], "the weight is nan"),
         ("a", [("a", 1)], "'a': an alias can't have its own name as target"),
         ("a", [("tagged", 1)], "'tagged' is an alias; name its targets instead"),
@@ -241,3 +242,10 @@ def test_golden_prompts_are_part_of_a_version(store: AdapterStore, tmp_path: Pat
     (folder / "golden.json").write_text('{"bogus": 1}')
     with pytest.raises(AdapterRefused, match=r"golden\.json"):
         store.stage("twain", folder)
+
+
+def test_an_alias_whose_targets_the_engine_refused_is_not_servable(store: AdapterStore) -> None:
+    store.set_alias("voice", [("poe", 1)], "test")
+    digest = store.get("poe").ref.digest
+    assert {"poe", "voice"} <= {entry.name for entry in store.servable()}
+    assert not {"poe", "voice"} & {entry.name for entry in store.servable({digest})}

@@ -96,7 +96,7 @@ PATTERNS = st.sampled_from(["c_attn", "c_proj", r".*\.c_fc", "^transformer.h.1.a
 @given(
     target_modules=st.one_of(
         st.lists(NAME_PARTS, min_size=1, max_size=4, unique=True),
-        st.sampled_from([r".*c_(attn|proj)", r"transformer\.h\.\d\.mlp\.c_fc", r".*"]),
+        st.sampled_from([r".*c_(attn|proj)", r"transformer\.h\.\d\.mlp\.c_fc", r".*\.h\..*"]),
     ),
     exclude_modules=st.one_of(st.none(), st.lists(NAME_PARTS, max_size=2), st.just(r".*\.2\..*")),
     layers_to_transform=st.one_of(st.none(), st.integers(0, 2), st.lists(st.integers(0, 2), max_size=3)),
@@ -153,6 +153,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "rslora is no flag": ({"use_rslora": "yes"}, "use_rslora is 'yes'"),
     "no target": ({"target_modules": None}, "target_modules None name no projection"),
     "target of another model": ({"target_modules": ["q_proj"]}, r"target_modules \['q_proj'\] name no projection"),
+    "the output layer, too": ({"target_modules": ["c_attn", "lm_head"]}, "name lm_head, which is not adapted"),
+    "the embedding, too": ({"target_modules": ["c_attn", "wte"]}, "name transformer.wte, which is not adapted"),
+    "everything": ({"target_modules": ".*"}, "name lm_head, which is not adapted"),
     "target is a number": ({"target_modules": 3}, "target_modules is 3: expected a list of names or a regular"),
     "targets are numbers": ({"target_modules": [3]}, r"target_modules is \[3\]"),
     "exclude is an object": ({"exclude_modules": {"a": 1}}, "exclude_modules is"),

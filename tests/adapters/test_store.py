@@ -1,6 +1,7 @@
 """Names to content: listing, near misses, folders dropped in later, and names that reach outside the folder."""
 
 import logging
+import os
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters.errors import AdapterNotFound, AdapterRefused
+from adapters.errors import AdapterConflict, AdapterNotFound, AdapterRefused
 from adapters.store import AdapterStore, Found
 from adapters.validation import WEIGHTS_FILE
 from tests.adapters.support import SHAPE, ref_of, tensors, write_adapter
@@ -295,3 +296,33 @@ def test_the_folder_must_exist_at_the_start_and_may_vanish_later(root: Path, cap
     shutil.rmtree(root)
     assert len(store.all()) == 3, "what was found is still known"
     assert "can't be read" in caplog.text
+
+
+def test_a_folder_that_cannot_be_read_hides_no_other(
+    root: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "poe" and allowed(path, mode))
+    with caplog.at_level(logging.WARNING, "adapters"):
+        assert names(opened(root)) == ["twain", "wilde"]
+    assert "poe: it can't be read" in caplog.text
+
+
+def test_a_refusal_for_what_lies_beside_the_weights_ends_with_it(root: Path) -> None:
+    store, picture = opened(root), root / "poe" / "loss.png"
+    picture.touch()
+    os.truncate(picture, 17 << 20)  # sparse: takes no space
+    with pytest.raises(AdapterRefused, match=r"loss\.png"):
+        store.get("poe")
+    picture.unlink()
+    assert store.get("poe").ref.digest == ref_of(root / "poe").digest
+
+
+def test_a_folder_and_an_alias_of_one_name(root: Path) -> None:
+    store = opened(root)
+    with pytest.raises(AdapterConflict, match="'wilde' is an adapter's folder"):
+        store.set_alias("wilde", [("poe", 1)], "test")
+    store.set_alias("edgar", [("poe", 1)], "test")
+    write_adapter(root / "edgar", tensors(seed=9))
+    assert "edgar" in [entry.name for entry in store.entries()]
+    assert store.refusals() == {"edgar": "its name is an alias's: rename the folder, or remove the alias"}

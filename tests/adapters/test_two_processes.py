@@ -190,3 +190,14 @@ def test_an_upload_that_still_grows_is_not_swept(stores: tuple[AdapterStore, Ada
         os.utime(staging, (1, 1))
         other.sweep()
         assert not staging.exists()
+
+
+def test_one_source_is_downloaded_by_one_at_a_time(stores: tuple[AdapterStore, AdapterStore]) -> None:
+    mine, other = (store.objects for store in stores)
+    held = mine.try_downloading("https://example.org/a")
+    assert held is not None
+    assert other.try_downloading("https://example.org/a") is None
+    os.close(held)
+    again = other.try_downloading("https://example.org/a")
+    assert again is not None
+    os.close(again)

@@ -87,3 +87,13 @@ def test_lora_info_keeps_only_what_is_true_now() -> None:
     assert len(lines) == 1
     assert 'running_lora_adapters="b"' in lines[0]
     assert 'waiting_lora_adapters=""' in lines[0]
+
+
+def test_the_info_series_tells_only_of_versions_that_answered() -> None:
+    made = metrics.Metrics("gpt2", 8)
+    made.observe_request([AdapterRef("d1", "poe", "")], 1, 0, "error", 0.1, None)
+    assert "chorus_adapter_info{" not in made.render().decode()
+    made.observe_request([AdapterRef("d2", "poe", "")], 1, 2, "eos", 0.1, None)
+    made.observe_request([AdapterRef("d3", "poe", "")], 1, 0, "error", 0.1, None)
+    lines = [line for line in made.render().decode().splitlines() if line.startswith("chorus_adapter_info{")]
+    assert lines == ['chorus_adapter_info{adapter="poe",digest="d2",model_name="gpt2"} 1.0']
