@@ -11,7 +11,16 @@ from fastapi import FastAPI
 _TEXT = {"type": "string"}
 _COUNT = {"type": "integer", "minimum": 0}
 _OBJECT: dict[str, Any] = {"type": "object"}
-_EVENTS = {"text/event-stream": {"schema": _TEXT}}
+_EVENTS = {
+    "text/event-stream": {
+        "schema": {
+            "type": "object",
+            "description": "Of one event.",
+            "properties": {"data": {"type": "string", "description": "JSON, or [DONE] at the end under /v1."}},
+            "required": ["data"],
+        }
+    }
+}
 _ARCHIVE = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 _WORDS = {
     202: "Done, but requests that run still use it",

@@ -34,7 +34,7 @@ class Store:
             raise AdapterNotFound(name, ["poe"])
         return FOUND
 
-    def servable(self) -> list[Any]:
+    def servable(self, refused: set[str]) -> list[Any]:
         assert self.go_on.wait(5), "the event loop was blocked"
         return [SimpleNamespace(name="poe", value="d", created=0.0)]
 
