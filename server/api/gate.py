@@ -23,7 +23,7 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"}) | playground.PATHS
 ANONYMOUS = "anonymous"
 EXPOSED_HEADERS = (
     "retry-after", "x-request-id", "x-adapter-id", "x-adapter-digest", "x-prompt-tokens", "x-generated-tokens",
-    "x-total-time", "x-queue-time", "x-time-to-first-token", "x-time-per-token",
+    "x-total-time", "x-queue-time", "x-time-to-first-token", "x-time-per-token", "x-should-retry",
 )  # fmt: skip
 _ADMIN_POSTS = ("/v1/adapters", "/v1/aliases", "/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 MAX_BODY_BYTES = 1 << 20

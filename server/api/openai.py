@@ -51,7 +51,8 @@ class OpenAIRoutes:
                 "best_of", f"{copies} with `n` {n} can't be streamed: which are best shows at the end"
             )
         if limit == 0 and not body.echo:
-            raise ApiError.invalid("max_tokens", "0 needs `echo` true: without it there is nothing to answer")
+            field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+            raise ApiError.invalid(field, "0 needs `echo` true: without it there is nothing to answer")
         top, scored = body.logprobs or 0, body.logprobs is not None
         ids = await self._encode(body.prompt, "prompt")
         return await self._answer(

@@ -211,7 +211,7 @@ def _responses(route: str, path: str, method: str) -> dict[str, Any]:
 
 def _statuses(route: str, path: str, method: str) -> list[int]:
     if path in _PROBES:
-        return [] if path == "/metrics" else [503]
+        return [503]
     found: set[int] = {500}
     if path in ("/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"):
         found |= {*_GENERATE}

@@ -69,7 +69,7 @@ class GenerateParameters(BaseModel):
     max_new_tokens: int | None = Field(default=None, ge=1, description="20 if null, or fewer where positions run out.")
     do_sample: bool | None = Field(default=None, description="False is greedy.")
     temperature: float | None = Field(default=None, gt=0, le=100, description="Needs do_sample; 1 if null.")
-    top_k: int | None = Field(default=None, ge=0, description="Needs do_sample; off if null or 0.")
+    top_k: int | None = Field(default=None, ge=0, lt=2**31, description="Needs do_sample; off if null or 0.")
     top_p: float | None = Field(default=None, gt=0, le=1, description="Needs do_sample; off if null or 1.")
     typical_p: float | None = Field(default=None, gt=0, le=1, description="Needs do_sample; off if null or 1.")
     repetition_penalty: float | None = Field(

@@ -99,7 +99,7 @@ def _choose_natively(native: Native, logits: torch.Tensor, rows: Seq[SamplingRow
         torch.tensor([*chain.from_iterable(seen)], dtype=torch.int64),
         torch.tensor([0, *accumulate(map(len, seen))]),
         torch.tensor([max(p.temperature, COLDEST) if p.temperature else 0.0 for p in params]),
-        torch.tensor([p.top_k or vocab for p in params]),
+        torch.tensor([min(p.top_k or vocab, vocab) for p in params]),
         torch.tensor([max(p.top_p, COLDEST) for p in params]),
         torch.tensor([uniform(row.params.seed, row.index) for row in rows], dtype=torch.float64),
         torch.tensor([int(p.logprobs and not p.top_logprobs) for p in params]),

@@ -21,14 +21,16 @@ const lanes = new Lanes(LANES);
 let chosen = linked !== null;
 let baseName = "";
 let up = false;
+let addressTimer = 0;
 
 const controls = new Controls(state, changed);
 const voices = new VoiceList(pick, loaded);
 
 function changed() {
-  history.replaceState(null, "", toHash(state));
   controls.show();
   showCode();
+  clearTimeout(addressTimer);
+  addressTimer = setTimeout(() => history.replaceState(null, "", toHash(state)), 300); // browsers allow so many a second
 }
 
 function pick(names) {
@@ -240,7 +242,7 @@ function listen() {
     else return;
     event.preventDefault();
   });
-  $("#copy-link").addEventListener("click", (event) => copy(location.href, event.currentTarget));
+  $("#copy-link").addEventListener("click", (event) => copy(new URL(toHash(state), location.href).href, event.currentTarget));
   $("#copy-code").addEventListener("click", (event) => copy($("#code").textContent, event.currentTarget));
   $("#code-voice").addEventListener("change", showCode);
   for (const radio of document.querySelectorAll("input[name=language]")) radio.addEventListener("change", showCode);

@@ -141,6 +141,7 @@ def test_defaults_and_null_are_the_same(server: ServerProcess) -> None:
         ({"do_sample": True, "temperature": 0}, ["temperature", "0"]),
         ({"do_sample": True, "top_p": 1.5}, ["top_p", "1.5"]),
         ({"top_k": 5}, ["top_k", "do_sample"]),
+        ({"do_sample": True, "top_k": 2**63}, ["top_k", str(2**63)]),
         ({"best_of": 2}, ["best_of", "2"]),
         ({"watermark": True}, ["watermark"]),
         ({"top_n_tokens": -1}, ["top_n_tokens", "-1"]),
