@@ -42,7 +42,7 @@ class Folders:
         for folder in folders:
             if folder.name.startswith("."):
                 continue
-            if not os.access(folder, os.R_OK | os.X_OK):
+            if not os.access(folder, os.X_OK):
                 self.tell(f"adapter folder skipped: {folder.name}: it can't be read")
                 continue
             if not _is_adapter(folder):

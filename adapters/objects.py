@@ -79,9 +79,11 @@ class Objects:
             raise AdapterUnavailable(f"{path} can't be opened: {error.strerror}") from error
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
             os.close(descriptor)
-            return None
+            if isinstance(error, BlockingIOError):
+                return None
+            raise AdapterUnavailable(f"{path} can't be locked: {error.strerror}") from error
         return descriptor
 
     def put(self, source: Path, name: str, shape: BaseShape) -> AdapterManifest:

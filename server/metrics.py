@@ -65,7 +65,7 @@ class Metrics:
             "chorus_requests_rejected", "Requests answered without generating, by error type.", ("error_type",)
         )
         by_adapter = (
-            f"the first {MAX_ADAPTER_LABELS} adapters that an API process sees by name, the rest as `{OTHER}`; "
+            f"the first {MAX_ADAPTER_LABELS} that an API process had an answer of by name, the rest as `{OTHER}`; "
             "base is `base`"
         )
         self.adapter_requests = self._counter(

@@ -5,6 +5,7 @@ on the engine before a name means it.
 """
 
 import asyncio
+import contextvars
 import os
 import shutil
 from collections.abc import AsyncGenerator, Callable
@@ -180,15 +181,16 @@ class LifecycleRoutes:
             fetched = await _call(field, fetch, source, downloads)
             yield fetched.folder, fetched.origin
             return
-        async with self._turn(source, field):
+        async with self._turn(source):
             fetched = await _call(field, fetch, source, downloads, pool=self._fetchers)
             yield fetched.folder, fetched.origin
             await asyncio.to_thread(shutil.rmtree, downloads, ignore_errors=True)  # what failed goes on the next time
 
     @asynccontextmanager
-    async def _turn(self, source: str, field: str) -> AsyncGenerator[None]:
+    async def _turn(self, source: str) -> AsyncGenerator[None]:
         """Two fetches of one source, by whichever processes, would write the same files."""
-        while (lock := await _call(field, self._store.objects.try_downloading, source)) is None:
+        # Not in a thread: if this task were cancelled meanwhile, nobody would close what the thread opens.
+        while (lock := self._store.objects.try_downloading(source)) is None:
             await asyncio.sleep(POLL_SECONDS)
         try:
             yield
@@ -229,7 +231,8 @@ class LifecycleRoutes:
 async def _call(field: str, work: Callable[..., T], *arguments: Any, pool: Executor | None = None) -> T:
     """Run in a thread (of `pool`, if given); the errors of adapters and of values become answers about `field`."""
     try:
-        return await asyncio.get_running_loop().run_in_executor(pool, partial(work, *arguments))
+        bound = partial(contextvars.copy_context().run, work, *arguments)  # log lines keep their request's id
+        return await asyncio.get_running_loop().run_in_executor(pool, bound)
     except AdapterExists:
         raise
     except AdapterError as error:

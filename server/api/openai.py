@@ -51,8 +51,7 @@ class OpenAIRoutes:
                 "best_of", f"{copies} with `n` {n} can't be streamed: which are best shows at the end"
             )
         if limit == 0 and not body.echo:
-            field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
-            raise ApiError.invalid(field, "0 needs `echo` true: without it there is nothing to answer")
+            raise ApiError.invalid(_limit_field(body), "0 needs `echo` true: without it there is nothing to answer")
         top, scored = body.logprobs or 0, body.logprobs is not None
         ids = await self._encode(body.prompt, "prompt")
         return await self._answer(
@@ -61,10 +60,11 @@ class OpenAIRoutes:
             ids,
             "prompt",
             CompletionShape(self._names),
-            self._wanted(body, logprobs=scored, echo=bool(body.echo), generates=limit != 0),
+            self._wanted(body, logprobs=scored, echo=bool(body.echo)),
             copies=copies,
             default=DEFAULT_MAX_TOKENS,
             top_logprobs=top,
+            prompt_only=limit == 0,
         )
 
     async def chat(self, body: ChatRequest, http: HttpRequest) -> Response:
@@ -72,7 +72,7 @@ class OpenAIRoutes:
         if body.top_logprobs and not body.logprobs:
             raise ApiError.invalid("top_logprobs", f"{body.top_logprobs} needs `logprobs` true")
         if _limit(body) == 0:
-            raise ApiError.invalid("max_tokens", "0 leaves nothing to answer; expected 1 or more")
+            raise ApiError.invalid(_limit_field(body), "0 leaves nothing to answer; expected 1 or more")
         return await self._answer(
             body,
             http,
@@ -108,7 +108,7 @@ class OpenAIRoutes:
     def _names(self) -> TokenNames:
         return TokenNames(self._spec.state.vocabulary, self._spec.state.tokenizer.special)
 
-    def _wanted(self, body: SamplingFields, *, logprobs: bool, echo: bool = False, generates: bool = True) -> Wanted:
+    def _wanted(self, body: SamplingFields, *, logprobs: bool, echo: bool = False) -> Wanted:
         options = body.stream_options or StreamOptions()
         usage, continuous = bool(options.include_usage), bool(options.continuous_usage_stats)
         if (usage or continuous) and not body.stream:
@@ -118,7 +118,6 @@ class OpenAIRoutes:
             body.n or 1,
             logprobs,
             echo,
-            generates,
             include_usage=usage,
             continuous_usage=continuous,
         )
@@ -154,6 +153,7 @@ class OpenAIRoutes:
         copies: int,
         default: int,
         top_logprobs: int,
+        prompt_only: bool = False,
     ) -> Response:
         state, stream = self._spec.state, bool(body.stream)
         adapters = await self._spec.adapters(body.model, "model", http)
@@ -179,7 +179,9 @@ class OpenAIRoutes:
                 prompt_logprobs=wanted.logprobs and wanted.echo,
             )
 
-        generation = self._spec.prepare(http, prompts, prompt_field, adapters, params, stream=stream, copies=copies)
+        generation = self._spec.prepare(
+            http, prompts, prompt_field, adapters, params, stream=stream, copies=copies, prompt_only=prompt_only
+        )
         answer = Answer(self._spec, generation, self._names, shape, wanted)
         outputs = self._spec.outputs(generation)
         if not stream:
@@ -209,7 +211,7 @@ def sampling_params(
     wanted = _limit(body)
     if wanted is not None and wanted > room:
         raise ApiError.invalid(
-            "max_tokens" if body.max_tokens is not None else "max_completion_tokens",
+            _limit_field(body),
             f"{wanted} does not fit: the prompt has {max_model_len - room} tokens and the model {max_model_len} "
             f"positions for prompt and output, so at most {room}",
             code=CONTEXT_LENGTH_EXCEEDED,
@@ -237,6 +239,11 @@ def sampling_params(
         top_logprobs=top_logprobs,
         prompt_logprobs=prompt_logprobs,
     )
+
+
+def _limit_field(body: SamplingFields) -> str:
+    """The name by which it was sent."""
+    return "max_tokens" if body.max_tokens is not None else "max_completion_tokens"
 
 
 def _limit(body: SamplingFields) -> int | None:

@@ -32,7 +32,6 @@ class Wanted:
     n: int = 1  # choices for each prompt
     logprobs: bool = False
     echo: bool = False
-    generates: bool = True
     include_usage: bool = False
     continuous_usage: bool = False
 
@@ -129,7 +128,6 @@ class Answer:
                 names,
                 TextAssembler(vocabulary, special, request.sampling_params.stop),
                 echo=request.prompt_token_ids if wanted.echo else (),
-                generates=wanted.generates,
                 scored=wanted.logprobs,
             )
             for request in generation.requests

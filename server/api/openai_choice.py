@@ -70,15 +70,9 @@ class Delta:
 class Choice:
     """Follows one sequence."""
 
-    def __init__(
-        self, names: TokenNames, text: TextAssembler, *, echo: Sequence[int] = (), generates: bool = True, scored: bool
-    ) -> None:
-        """`echo`: the prompt, if it is told too; `scored`: whether logprobs are.
-
-        `generates` is False for a request that only tells of its prompt: the token that the engine adds is dropped.
-        """
-        self._names, self._assembler, self._generates, self._scored = names, text, generates, scored
-        self._echo = echo
+    def __init__(self, names: TokenNames, text: TextAssembler, *, echo: Sequence[int] = (), scored: bool) -> None:
+        """`echo`: the prompt, if it is told too; `scored`: whether logprobs are."""
+        self._names, self._assembler, self._scored, self._echo = names, text, scored, echo
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._offset = 0
         self._pending: deque[ScoredToken] = deque()  # whose text is not certain yet
@@ -98,14 +92,13 @@ class Choice:
         """Take the sequence's next output."""
         delta = self._prompt(output) if self._echo else Delta()
         self._echo = ()
-        if self._generates:
-            self._note(output)
-            pieces = self._assembler.push(output)
-            delta.text += "".join(piece.text for piece in pieces if not piece.special)
-            if self._scored:
-                delta.tokens += [self._pending.popleft() for _ in pieces]
+        self._note(output)
+        pieces = self._assembler.push(output)
+        delta.text += "".join(piece.text for piece in pieces if not piece.special)
+        if self._scored:
+            delta.tokens += [self._pending.popleft() for _ in pieces]
         if output.finish_reason is not None:
-            delta.finish_reason = _REASONS[output.finish_reason] if self._generates else "length"
+            delta.finish_reason = _REASONS[output.finish_reason]
         return delta
 
     def _note(self, output: SequenceOutput) -> None:

@@ -200,7 +200,7 @@ def _responses(route: str, path: str, method: str) -> dict[str, Any]:
     if route == "DELETE /v1/adapters/{name}" or path == "/v1/unload_lora_adapter":
         answers["202"] = good | {"description": _WORDS[202]}
     error = _ref("OpenAIError" if path.startswith("/v1/") else "TgiError")
-    for status in _statuses(route, path, method):
+    for status in _statuses(path, method):
         schema = _ref("Readiness") if path == "/ready" else error
         answers[str(status)] = {
             "description": _WORDS[status],
@@ -209,7 +209,7 @@ def _responses(route: str, path: str, method: str) -> dict[str, Any]:
     return answers
 
 
-def _statuses(route: str, path: str, method: str) -> list[int]:
+def _statuses(path: str, method: str) -> list[int]:
     if path in _PROBES:
         return [503]
     found: set[int] = {500}

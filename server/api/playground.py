@@ -52,11 +52,16 @@ class PlaygroundRoutes:
     def register(self) -> None:
         """Add the routes."""
         self._spec.route("GET", "/playground", self.page)
+        self._spec.route("GET", "/playground/", self.moved)
         self._spec.route("GET", "/playground/{file}", self.asset)
 
     async def page(self, http: HttpRequest) -> Response:
         """The page."""
         return await self.asset(PAGE, http)
+
+    async def moved(self) -> Response:
+        """To the page; by a relative address, so that a proxy's path prefix stays."""
+        return Response(status_code=307, headers=HEADERS | {"Location": "../playground"})
 
     async def asset(self, file: str, http: HttpRequest) -> Response:
         """One file of the page; 304 where the browser has it already."""

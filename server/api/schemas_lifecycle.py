@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from adapters.aliases import MAX_TARGETS, MAX_WEIGHT
 from server.api.schemas import Text
 
 
@@ -15,13 +16,13 @@ class AliasTarget(_Body):
     """Where an alias leads, and how often."""
 
     ref: Text = Field(max_length=160, description="`name`, which follows the name, or `name@digest`, which stays.")
-    weight: float = Field(default=1.0, gt=0, le=100, description="Its share is its weight over the sum of all.")
+    weight: float = Field(default=1.0, gt=0, le=MAX_WEIGHT, description="Its share is its weight over the sum of all.")
 
 
 class AliasRequest(_Body):
     """Body of PUT /v1/aliases/{name}."""
 
-    targets: list[AliasTarget] = Field(min_length=1, max_length=16)
+    targets: list[AliasTarget] = Field(min_length=1, max_length=MAX_TARGETS)
 
 
 class ValidateRequest(_Body):

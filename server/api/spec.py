@@ -59,6 +59,7 @@ class Generation:
     requests: tuple[Request, ...]  # `copies` of each prompt, side by side; all with the same adapters
     copies: int
     client_id: str  # x-request-id
+    prompt_only: bool = False  # what the engine adds to the prompts is nobody's
 
     @property
     def adapters(self) -> tuple[WeightedAdapter, ...]:
@@ -204,6 +205,7 @@ class ChorusSpec(LitSpec):
         *,
         stream: bool,
         copies: int = 1,
+        prompt_only: bool = False,
     ) -> Generation:
         """`copies` sequences of every prompt, each with a seed of its own; `params` gets the positions left.
 
@@ -222,7 +224,7 @@ class ChorusSpec(LitSpec):
             for copy in range(copies):
                 own = replace(wanted, seed=(wanted.seed + copy) % 2**64) if copy else wanted
                 requests.append(Request(uuid.uuid4().hex, tuple(ids), own, adapters, now, stream))
-        return Generation(tuple(requests), copies, request_id_of(http))
+        return Generation(tuple(requests), copies, request_id_of(http), prompt_only)
 
     async def outputs(self, generation: Generation) -> AsyncGenerator[tuple[int, SequenceOutput]]:
         """Which of the generation's requests, and what it has put out; a failed one raises ApiError.
@@ -239,6 +241,7 @@ class ChorusSpec(LitSpec):
                 async with aclosing(self.engine.generate(*requests)) as outputs:
                     async for output in outputs:
                         i = at[output.request_id]
+                        output = _of_the_prompt(output) if generation.prompt_only else output
                         generated[i] += len(output.token_ids)
                         record.add(output)
                         if output.finish_reason is not None:
@@ -293,3 +296,11 @@ class ChorusSpec(LitSpec):
             task.cancel()
             gone.cancel()
             await asyncio.gather(task, gone, return_exceptions=True)
+
+
+def _of_the_prompt(output: SequenceOutput) -> SequenceOutput:
+    """Without the token that the engine generates at least."""
+    reason = (
+        FinishReason.LENGTH if output.finish_reason in (FinishReason.EOS, FinishReason.STOP) else output.finish_reason
+    )
+    return replace(output, token_ids=(), logprobs=(), top_logprobs=(), finish_reason=reason, stop_offset=None)

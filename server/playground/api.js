@@ -2,9 +2,25 @@
 
 const KEY = "chorus-api-key";
 
+let held = ""; // where storage is closed to this page, the key is asked for anew on each visit
+
 export const key = {
-  get: () => sessionStorage.getItem(KEY) ?? "",
-  set: (value) => (value ? sessionStorage.setItem(KEY, value) : sessionStorage.removeItem(KEY)),
+  get() {
+    try {
+      return sessionStorage.getItem(KEY) ?? held;
+    } catch {
+      return held;
+    }
+  },
+  set(value) {
+    held = value;
+    try {
+      if (value) sessionStorage.setItem(KEY, value);
+      else sessionStorage.removeItem(KEY);
+    } catch {
+      console.info("Storage is closed: the key is kept for this visit only.");
+    }
+  },
 };
 
 /** An answer other than success. `status` is 0 if there was none; `retryAfter` in seconds. */

@@ -218,8 +218,12 @@ function theme() {
   const show = () => $("#theme").setAttribute("aria-pressed", String(dark()));
   $("#theme").addEventListener("click", () => {
     root.dataset.theme = dark() ? "light" : "dark";
-    localStorage.setItem("chorus-theme", root.dataset.theme);
     show();
+    try {
+      localStorage.setItem("chorus-theme", root.dataset.theme);
+    } catch {
+      console.info("Storage is closed: the theme is kept for this visit only.");
+    }
   });
   system.addEventListener("change", show);
   show();

@@ -44,9 +44,10 @@ export class VoiceList {
     this.setBase("base model");
     $("#find").addEventListener("input", () => this.#filter());
     $("#find").addEventListener("keydown", (event) => {
-      if (event.key !== "Enter") return;
-      const shown = [...$("#voices").children].filter((row) => !row.hidden);
-      shown[0]?.querySelector("input:enabled, button")?.click();
+      const wanted = $("#find").value.trim();
+      if (event.key !== "Enter" || !wanted) return;
+      const row = this.#rows.get(wanted) ?? [...$("#voices").children].find((each) => !each.hidden);
+      row?.querySelector("input:enabled, button")?.click();
     });
     $("#more").addEventListener("click", () => this.#page(this.#next, PAGE).catch((error) => this.#failed(error)));
     $("#refresh").addEventListener("click", () => this.load().catch((error) => this.#failed(error)));

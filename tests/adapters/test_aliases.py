@@ -215,7 +215,7 @@ def test_what_is_asked_of_a_name_of_another_kind_is_not_done(store: AdapterStore
     for change in (store.remove, store.rollback):
         with pytest.raises(AdapterNotFound, match="'edgar' does not exist; it is an alias"):
             change("edgar", "test", Kind.ADAPTER)
-        with pytest.raises(AdapterNotFound, match="'poe' does not exist; it is an adapter"):
+        with pytest.raises(AdapterNotFound, match="'poe' does not exist; it is an adapter: see /v1/adapters/poe"):
             change("poe", "test", Kind.ALIAS)
 
 

@@ -1,4 +1,4 @@
-"""The TGI routes over an engine that says what a test tells it to, in one process."""
+"""Routes over an engine that says what a test tells it to, in one process."""
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
@@ -17,7 +17,7 @@ from server.api.tgi import TgiRoutes
 from server.engine.types import FinishReason, Request, SequenceOutput
 from server.metrics import Metrics
 from server.model.source import DEMO_MODEL
-from server.settings import read_settings
+from server.settings import Settings, read_settings
 from server.tokenizer import Tokenizer
 
 Say = Callable[[Request], Iterable[SequenceOutput | Exception]]
@@ -81,25 +81,28 @@ class Nobody:
         raise AdapterNotFound(name, [])
 
 
+def client_of(routes: Callable[[ChorusSpec], Any], link: Any, settings: Settings, **served: Any) -> TestClient:
+    """A client of the routes over `link`; `served` beside what all of them need."""
+    spec, app = ChorusSpec(), FastAPI()
+    common = {"model_name": "demo", "max_model_len": 256, "store": Nobody(), "version": "1.2.3", "created": 0.0}
+    words = {"tokenizer": tokenizer(), "vocabulary": vocabulary()}
+    spec.served = cast(
+        "Any", SimpleNamespace(settings=settings, **{"metrics": Metrics("demo", 8)} | common | words | served)
+    )
+    spec.link = link
+    routes(spec).register()
+    for path, handler, methods in spec.endpoints:
+        app.add_api_route(path, handler, methods=methods)
+    install_handlers(app)
+    return TestClient(app, raise_server_exceptions=False)
+
+
 class Fake:
-    """A client, and the link behind it."""
+    """A client of the TGI routes, and the link behind it."""
 
     def __init__(self, say: Say, *flags: str, max_model_len: int = 256) -> None:
-        self.spec, app = ChorusSpec(), FastAPI()
-        self.spec.served = cast(
-            "Any",
-            SimpleNamespace(
-                settings=read_settings(list(flags)), model_name="demo", max_model_len=max_model_len, store=Nobody(),
-                tokenizer=tokenizer(), vocabulary=vocabulary(), metrics=Metrics("demo", 8), version="1.2.3",
-            ),
-        )  # fmt: skip
         self.link = FakeLink(say)
-        self.spec.link = cast("Any", self.link)
-        TgiRoutes(self.spec).register()
-        for path, handler, methods in self.spec.endpoints:
-            app.add_api_route(path, handler, methods=methods)
-        install_handlers(app)
-        self.http = TestClient(app, raise_server_exceptions=False)
+        self.http = client_of(TgiRoutes, self.link, read_settings(list(flags)), max_model_len=max_model_len)
 
     def post(self, path: str, inputs: str = "Quote by", *, stream: bool | None = None, **parameters: Any) -> Any:
         body = {"inputs": inputs, "parameters": parameters} | ({} if stream is None else {"stream": stream})

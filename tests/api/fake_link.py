@@ -2,24 +2,18 @@
 
 from collections.abc import AsyncGenerator, Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
-from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
-from adapters.errors import AdapterNotFound
-from server.api.errors import install_handlers
 from server.api.link import Overloaded
 from server.api.openai import OpenAIRoutes
-from server.api.spec import ChorusSpec
 from server.engine.types import ErrorKind, FinishReason, Request, SequenceOutput
 from server.metrics import Metrics
-from server.model.source import DEMO_MODEL
-from server.tokenizer import Tokenizer
+from server.settings import read_settings
+from tests.api.fake import EOS, client_of, tokenizer, vocabulary
 
-EOS = 50256
-TOKENIZER = Tokenizer(DEMO_MODEL)
-VOCABULARY = TOKENIZER.vocabulary(50257)
+TOKENIZER, VOCABULARY = tokenizer(), vocabulary()
 Script = Callable[[int, Request], Sequence[SequenceOutput]]
 
 
@@ -28,7 +22,7 @@ class FakeLink:
 
     def __init__(self, script: Script) -> None:
         self.script, self.asked = script, list[Request]()
-        self.info = SimpleNamespace(dtype="float32", backend="fake")
+        self.info, self.metrics = SimpleNamespace(dtype="float32", backend="fake"), Metrics("demo", 4)
 
     async def generate(self, *requests: Request) -> AsyncGenerator[SequenceOutput]:
         self.asked += requests
@@ -39,16 +33,6 @@ class FakeLink:
             for outputs in left:
                 if outputs:
                     yield outputs.pop(0)
-
-
-class NoAdapters:
-    """A store that holds nothing."""
-
-    def known(self, reference: str, key: str | None) -> None:
-        return None
-
-    def get(self, reference: str, key: str | None) -> Any:
-        raise AdapterNotFound(reference)
 
 
 def one_by_one(request: Request, ids: Sequence[int], reason: FinishReason, **last: Any) -> list[SequenceOutput]:
@@ -76,26 +60,6 @@ def failure(request: Request, kind: ErrorKind, why: str) -> SequenceOutput:
 
 def serve(script: Script) -> tuple[TestClient, FakeLink]:
     """A client of the routes, and the link that was asked."""
-    spec, link = ChorusSpec(), FakeLink(script)
-    spec.served = cast(
-        "Any",
-        SimpleNamespace(
-            settings=SimpleNamespace(max_batch_size=4, max_waiting=8),
-            model_name="demo",
-            model_config=SimpleNamespace(eos_token_id=EOS, vocab_size=50257),
-            max_model_len=256,
-            tokenizer=TOKENIZER,
-            vocabulary=VOCABULARY,
-            store=NoAdapters(),
-            metrics=Metrics("demo", 4),
-            version="1",
-            created=0.0,
-        ),
-    )
-    spec.link = cast("Any", link)
-    OpenAIRoutes(spec).register()
-    app = FastAPI()
-    for path, handler, methods in spec.endpoints:
-        app.add_api_route(path, handler, methods=methods)
-    install_handlers(app)
-    return TestClient(app, raise_server_exceptions=False), link
+    link, settings = FakeLink(script), read_settings(["--max-batch-size", "4", "--max-waiting", "8"])
+    config = SimpleNamespace(eos_token_id=EOS, vocab_size=EOS + 1)
+    return client_of(OpenAIRoutes, link, settings, model_config=config, metrics=link.metrics), link

@@ -135,6 +135,7 @@ def test_an_unknown_model_is_404(server: ServerProcess, path: str) -> None:
 REFUSED = [
     ({"max_tokens": 252}, "max_tokens", ["252", "5 tokens", "256", "251"]),
     ({"max_tokens": 0}, "max_tokens", ["0", "echo"]),
+    ({"max_completion_tokens": 0}, "max_completion_tokens", ["0", "echo"]),
     ({"max_tokens": -1}, "max_tokens", ["-1"]),
     ({"max_tokens": "5"}, "max_tokens", ["'5'"]),
     ({"max_tokens": 5, "max_completion_tokens": 6}, "max_completion_tokens", ["5", "6"]),
@@ -219,6 +220,7 @@ def test_a_prompt_that_is_too_long_has_openais_code(server: ServerProcess) -> No
         ({"messages": USER, "top_logprobs": 3}, "top_logprobs"),
         ({"messages": USER, "logprobs": 3}, "logprobs"),
         ({"messages": USER, "max_tokens": 0}, "max_tokens"),
+        ({"messages": USER, "max_completion_tokens": 0}, "max_completion_tokens"),
         ({"messages": USER, "echo": True}, "echo"),
         ({"messages": USER, "best_of": 2}, "best_of"),
     ],

@@ -1,7 +1,8 @@
 """What tokens are called in logprobs: no two alike, and from the name back to the token."""
 
 from server.api.openai_choice import TokenNames
-from tests.api.fake_link import EOS, TOKENIZER, VOCABULARY
+from tests.api.fake import EOS
+from tests.api.fake_link import TOKENIZER, VOCABULARY
 
 
 def test_no_two_tokens_of_gpt2_have_one_name() -> None:

@@ -12,7 +12,8 @@ from transformers import GPT2LMHeadModel
 from server.api.openai_choice import TokenNames
 from server.model.source import DEMO_MODEL
 from tests.api.conftest import ServerProcess
-from tests.api.fake_link import EOS, TOKENIZER, VOCABULARY
+from tests.api.fake import EOS
+from tests.api.fake_link import TOKENIZER, VOCABULARY
 from tests.oracle import peft_model
 
 PROMPT = "Quote by Oscar Wilde: \u201cBe yourself \U0001f600\u201d"

@@ -9,7 +9,8 @@ from fastapi.testclient import TestClient
 
 from server.api import openai, openai_answer
 from server.engine.types import ErrorKind, FinishReason, Request, SequenceOutput
-from tests.api.fake_link import EOS, TOKENIZER, VOCABULARY, FakeLink, Script, failure, one_by_one, serve
+from tests.api.fake import EOS
+from tests.api.fake_link import TOKENIZER, VOCABULARY, FakeLink, Script, failure, one_by_one, serve
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 
@@ -183,6 +184,9 @@ def test_a_prompt_alone_can_be_scored() -> None:
     }
     assert answer["usage"] == {"prompt_tokens": 3, "completion_tokens": 0, "total_tokens": 3}
     assert link.asked[0].sampling_params.prompt_logprobs
+    metrics = link.metrics.render().decode()
+    assert 'vllm:request_generation_tokens_sum{model_name="demo"} 0.0' in metrics, "nothing was generated for anybody"
+    assert 'chorus_adapter_generation_tokens_total{adapter="base",model_name="demo"} 0.0' in metrics
     _, chunks = stream(client, **body)
     assert [chunk["choices"] for chunk in chunks] == [answer["choices"]]
 

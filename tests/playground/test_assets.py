@@ -34,7 +34,7 @@ def test_it_is_served_with_types_and_a_policy(server: ServerProcess) -> None:
             again = client.get(f"/playground/{name}", headers={"If-None-Match": answer.headers["etag"]})
             assert (again.status_code, again.content) == (304, b"")
         moved = client.get("/playground/")
-        assert (moved.status_code, httpx.URL(moved.headers["location"]).path) == (307, "/playground")
+        assert (moved.status_code, moved.headers["location"]) == (307, "../playground"), "a proxy's prefix stays"
         for path in ("/playground/nothing.js", "/playground/..%2F..%2Fsettings.py", "/playground/%2e%2e/app.py"):
             assert client.get(path).status_code == 404
         assert not [path for path in client.get("/openapi.json").json()["paths"] if "playground" in path]

@@ -263,3 +263,26 @@ def test_hostile_text_stays_text(visit, server: ServerProcess) -> None:
         assert page.evaluate("window.harmed") is None
     assert page.locator("img").count() == 1  # the logo
     assert not seen.problems
+
+
+def test_it_works_where_storage_is_closed(visit, server: ServerProcess) -> None:
+    seen = visit()
+    for name in ("localStorage", "sessionStorage"):
+        seen.page.add_init_script(f"Object.defineProperty(window, '{name}', {{get() {{ throw new Error('closed') }}}})")
+    seen.page.goto(link(server, max_tokens=8))
+    seen.page.get_by_role("button", name="Generate").click()
+    finished(seen.page, 3)
+    seen.page.locator("#theme").click()
+    assert not seen.problems
+
+
+def test_enter_in_the_empty_field_picks_nothing(visit, server: ServerProcess) -> None:
+    page = visit().page
+    page.goto(link(server))
+    expect(page.get_by_role("checkbox", name="love")).to_be_visible()
+    before = page.locator("#picked").text_content()
+    page.get_by_label("Find a voice").press("Enter")
+    expect(page.locator("#picked")).to_have_text(before or "")
+    page.get_by_label("Find a voice").fill("love")
+    page.get_by_label("Find a voice").press("Enter")
+    expect(page.get_by_role("checkbox", name="love")).to_be_checked()
