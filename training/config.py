@@ -1,10 +1,8 @@
-"""The configuration of one training run, and the command line that builds it."""
+"""The configuration of one training run. It knows nothing about command lines or files: see `cli` and `recipe`."""
 
-import argparse
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,12 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO_BASE = ROOT / "models" / "demo"
 QUOTES = ROOT / "training" / "corpora" / "quotes"
 TARGETS = ("c_attn", "c_proj", "c_fc", "attn.c_proj", "mlp.c_proj")
+SCHEDULES = ("cosine", "linear", "constant")
+DTYPES = ("auto", "float32", "bfloat16")
+DEVICES = ("auto", "cpu", "cuda")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+# What doesn't change the weights, and so belongs to a run but not to its recipe.
+_OF_THE_RUN = ("resume", "overwrite", "output", "device", "gate")
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,30 @@ class TrainConfig:
     max_chars: int = 200  # of the text to be written; 200 characters are about 50 tokens
     limit: int | None = None  # training rows
     model: str = str(DEMO_BASE)  # a directory or a hub id
+    init_from: str | None = None  # an adapter folder to go on from; its rank, alpha and targets are taken
     output: str = "runs/adapters"  # the parent; the adapter is output/name
-    epochs: float = 2.0
-    seed: int = 0
     rank: int = 8
     alpha: int | None = None  # None: twice the rank
-    lr: float = 2e-3
-    batch_size: int = 16
+    rslora: bool = False  # scale by alpha / sqrt(rank) instead of alpha / rank
     targets: tuple[str, ...] = ("c_attn", "c_proj", "c_fc")
     dropout: float = 0.05
+    epochs: float = 2.0
+    max_tokens: int | None = None  # a budget of real tokens; the run ends at it or after the epochs
+    patience: int | None = None  # stop after so many evaluations in a row without a better held-out loss
+    seed: int = 0
+    lr: float = 2e-3
+    schedule: str = "cosine"
+    warmup: int | None = None  # steps; None: a tenth of the run, 50 at most
+    weight_decay: float = 0.0
+    clip: float = 1.0  # the gradient's largest norm
+    batch_size: int = 16  # rows in one pass
+    accumulate: int = 1  # passes in one step
+    checkpointing: bool = False  # compute activations again in the backward pass instead of keeping them
+    dtype: str = "auto"
+    device: str = "auto"
     eval_samples: int = 200  # per prompt form
+    contrast: str | None = None  # what the style is told apart from; None: the rows that the filters left out
+    gate: dict[str, float] | None = None  # figure -> what it has to reach; None: everything is published
     resume: bool = False
     overwrite: bool = False
 
@@ -50,21 +67,24 @@ class TrainConfig:
             raise ConfigError(
                 f"--name {self.name!r}: use 1 to 64 letters, digits, '.', '_' or '-', a letter or digit first"
             )
-        _at_least("--rank", self.rank, 1)
-        _at_most("--rank", self.rank, 512)
-        _at_least("--batch-size", self.batch_size, 1)
-        _at_least("--eval-samples", self.eval_samples, 1)
-        _at_least("--max-chars", self.max_chars, 1)
-        _at_least("--seed", self.seed, 0)
-        if self.limit is not None:
-            _at_least("--limit", self.limit, 1)
-        if self.alpha is not None:
-            _at_least("--alpha", self.alpha, 1)
-        for flag, value in (("--epochs", self.epochs), ("--lr", self.lr)):
+        for name, minimum in {
+            "rank": 1, "alpha": 1, "batch_size": 1, "accumulate": 1, "eval_samples": 1, "max_chars": 1, "seed": 0,
+            "limit": 1, "max_tokens": 1, "patience": 1, "warmup": 0,
+        }.items():  # fmt: skip
+            _at_least(name, getattr(self, name), minimum)
+        if self.rank > 512:
+            raise ConfigError(f"--rank is {self.rank}: give at most 512")
+        for name in ("epochs", "lr", "clip"):
+            value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
-                raise ConfigError(f"{flag} is {value}: give a number above 0")
+                raise ConfigError(f"{flag_of(name)} is {value}: give a number above 0")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"--dropout is {self.dropout}: give a number from 0 up to, not including, 1")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ConfigError(f"--weight-decay is {self.weight_decay}: give 0 or more")
+        for name, choices in (("schedule", SCHEDULES), ("dtype", DTYPES), ("device", DEVICES)):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{flag_of(name)} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
         unknown = [target for target in self.targets if target not in TARGETS]
         if unknown or not self.targets:
             raise ConfigError(f"--targets {','.join(self.targets)!r}: choose some of {', '.join(TARGETS)}")
@@ -91,13 +111,17 @@ class TrainConfig:
         """Where the run keeps checkpoints and unfinished files: hidden, on the file system of `folder`."""
         return Path(self.output) / f".{self.name}.partial"
 
+    @property
+    def rejected(self) -> Path:
+        """Where an adapter that failed its gate is kept aside: hidden, so that no server lists it."""
+        return Path(self.output) / f".{self.name}.rejected"
+
     def recorded(self) -> dict[str, Any]:
         """What decides the result, as plain JSON; paths inside the project are relative to it."""
-        values = asdict(self)
-        for ignored in ("resume", "overwrite", "output"):
-            del values[ignored]
-        values["alpha"] = self.lora_alpha
-        return values | {"data": stable_path(self.data), "model": stable_path(self.model)}
+        values = {name: value for name, value in asdict(self).items() if name not in _OF_THE_RUN}
+        paths = {name: stable_path(values[name]) for name in ("data", "model", "init_from", "contrast") if values[name]}
+        lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+        return values | paths | lists | {"alpha": self.lora_alpha}
 
 
 def stable_path(name: str) -> str:
@@ -108,72 +132,17 @@ def stable_path(name: str) -> str:
     return name
 
 
-def parse_args(argv: Sequence[str] | None = None) -> TrainConfig:
-    """Build the configuration from the command line. Raises ConfigError; argparse exits on unknown flags."""
-    values = vars(_parser().parse_args(argv))
-    values["columns"] = dict(_column(pair) for pair in values["columns"])
-    values["targets"] = tuple(target for target in values["targets"].split(",") if target)
-    values["authors"], values["tags"] = tuple(values["authors"]), tuple(values["tags"])
-    return TrainConfig(**values)
+def resolved_path(name: str) -> str:
+    """The inverse of `stable_path`, from any working directory."""
+    inside = ROOT / name
+    return str(inside) if not Path(name).exists() and inside.exists() else name
 
 
-def _column(pair: str) -> tuple[str, str]:
-    name, equals, column = pair.partition("=")
-    if not (equals and name.isidentifier() and column):
-        raise ConfigError(f"--column {pair!r}: write FIELD=COLUMN, for example --column quote=text")
-    return name, column
+def flag_of(name: str) -> str:
+    """A field's flag on the command line."""
+    return {"authors": "--author", "tags": "--tag", "columns": "--column"}.get(name, "--" + name.replace("_", "-"))
 
 
-def _at_least(flag: str, value: int, minimum: int) -> None:
-    if value < minimum:
-        raise ConfigError(f"{flag} is {value}: give at least {minimum}")
-
-
-def _at_most(flag: str, value: int, maximum: int) -> None:
-    if value > maximum:
-        raise ConfigError(f"{flag} is {value}: give at most {maximum}")
-
-
-def _parser() -> argparse.ArgumentParser:
-    default = {f.name: f.default for f in fields(TrainConfig)}
-    parser = argparse.ArgumentParser(
-        prog="python -m training",
-        description="Train one LoRA adapter on a frozen GPT-2 and measure it beside the base.",
-    )
-    add = parser.add_argument
-    add("--name", required=True, help="the adapter's name; the server serves it under this name")
-    data = parser.add_argument_group("data")
-    data.add_argument(
-        "--data", default=default["data"], metavar="FILE|DIR|ID",
-        help="JSONL, CSV, TSV or parquet file; a folder with train, valid, test and heldout_authors files; or a hub "
-        "data set id (default: the shipped quotes)",
-    )  # fmt: skip
-    data.add_argument("--column", dest="columns", action="append", default=[], metavar="FIELD=COLUMN",
-                      help="the column of a template field, where its name differs; repeatable")  # fmt: skip
-    data.add_argument("--author", dest="authors", action="append", default=[], help="only this author; repeatable")
-    data.add_argument("--tag", dest="tags", action="append", default=[], help="only rows with this tag; repeatable")
-    data.add_argument("--template", default=default["template"], help="the text of a row (default: %(default)s)")
-    data.add_argument("--prompt", help="where the template's prompt ends (default: before its last field)")
-    data.add_argument("--max-chars", type=int, default=default["max_chars"], metavar="N",
-                      help="only rows whose text has at most N characters (default: %(default)s)")  # fmt: skip
-    data.add_argument("--limit", type=int, metavar="N", help="train on N rows, chosen by the seed")
-    model = parser.add_argument_group("model")
-    model.add_argument("--model", default=default["model"], metavar="DIR|ID",
-                       help="the frozen GPT-2: a directory or a hub id (default: the embedded demo base)")  # fmt: skip
-    model.add_argument("--rank", type=int, default=default["rank"], help="default: %(default)s")
-    model.add_argument("--alpha", type=int, help="default: twice the rank")
-    model.add_argument("--targets", default="c_attn,c_proj,c_fc",
-                       help=f"comma-separated, of {', '.join(TARGETS)} (default: %(default)s)")  # fmt: skip
-    model.add_argument("--dropout", type=float, default=default["dropout"], help="default: %(default)s")
-    run = parser.add_argument_group("run")
-    run.add_argument("--output", default=default["output"], metavar="DIR",
-                     help="the parent folder: the adapter is DIR/NAME (default: %(default)s)")  # fmt: skip
-    run.add_argument("--epochs", type=float, default=default["epochs"], help="default: %(default)s")
-    run.add_argument("--lr", type=float, default=default["lr"], help="default: %(default)s")
-    run.add_argument("--batch-size", type=int, default=default["batch_size"], help="default: %(default)s")
-    run.add_argument("--seed", type=int, default=default["seed"], help="default: %(default)s")
-    run.add_argument("--eval-samples", type=int, default=default["eval_samples"], metavar="N",
-                     help="samples per prompt form for the report's rates (default: %(default)s)")  # fmt: skip
-    run.add_argument("--resume", action="store_true", help="go on from the last checkpoint of an unfinished run")
-    run.add_argument("--overwrite", action="store_true", help="replace an adapter or an unfinished run of this name")
-    return parser
+def _at_least(name: str, value: int | None, minimum: int) -> None:
+    if value is not None and value < minimum:
+        raise ConfigError(f"{flag_of(name)} is {value}: give at least {minimum}")

@@ -3,7 +3,8 @@
 TrainingError
 ├── ConfigError   a flag's value, or a combination of flags
 ├── DataError     the file, its columns, or its rows
-└── BaseError     the base model: not found, not reachable, not a GPT-2
+├── BaseError     the base model: not found, not reachable, not a GPT-2
+└── GateFailed    the adapter was trained, but isn't good enough to be published
 """
 
 
@@ -21,3 +22,7 @@ class DataError(TrainingError):
 
 class BaseError(TrainingError):
     """The base model."""
+
+
+class GateFailed(TrainingError):
+    """The adapter was trained and kept aside: a figure isn't what its gate asks for; the exit status is 3."""

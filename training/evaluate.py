@@ -7,17 +7,16 @@ import itertools
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from peft import PeftModel
 
 from training.base import Base
-from training.collate import IGNORED, collate
 from training.config import TrainConfig
 from training.data import Corpus, Example, normalised
-from training.loss import frozen_head_loss
+from training.forward import Lane
+from training.loop import example_losses
 from training.sampling import Sample, SamplingSettings, sample
 from training.template import fill
 
@@ -86,8 +85,8 @@ class Evaluation:
     settings: SamplingSettings
 
 
-def evaluate(model: PeftModel, base: Base, corpus: Corpus, config: TrainConfig) -> Evaluation:
-    """Measure on the test rows and, where there are any, on authors held out whole."""
+def evaluate(model: PeftModel, adapter: str, base: Base, corpus: Corpus, config: TrainConfig) -> Evaluation:
+    """Measure `adapter`, the active one, on the test rows and, where there are any, on authors held out whole."""
     settings = SamplingSettings()
     held_out: dict[str, list[Example]] = {"heldout_authors": corpus.heldout_authors, "test": corpus.test}
     sets = {name: examples for name, examples in held_out.items() if examples}
@@ -95,10 +94,8 @@ def evaluate(model: PeftModel, base: Base, corpus: Corpus, config: TrainConfig) 
     shown: list[Shown] = []
     training = _runs([example.key for example in corpus.train])
     for name, examples in sets.items():
-        with model.disable_adapter():
-            plain = perplexity(model, examples)
         n = sum(len(example.token_ids) - example.prompt_length for example in examples)
-        rows.append(Row("perplexity", name, None, n, None, plain, perplexity(model, examples)))
+        rows.append(Row("perplexity", name, None, n, None, *(perplexity(model, examples, a) for a in (None, adapter))))
     template = config.parsed_template()
     for name, examples in sets.items():
         for form, text in template.forms().items():
@@ -142,26 +139,12 @@ def figures(
     }
 
 
-@torch.no_grad()
-def perplexity(model: Any, examples: Sequence[Example], batch_size: int = 32) -> float:
-    """Perplexity a token of what follows the prompts, EOS with it."""
-    base = model.get_base_model()
+def perplexity(model: Any, examples: Sequence[Example], adapter: str | None) -> float:
+    """Perplexity a token of what follows the prompts, EOS with it, under an adapter of the model or the base alone."""
     device = next(model.parameters()).device
-    total, count = 0.0, 0
-    ordered = sorted(examples, key=lambda example: len(example.token_ids))
-    for start in range(0, len(ordered), batch_size):
-        part = ordered[start : start + batch_size]
-        batch = collate([{"input_ids": example.token_ids, "learn_from": example.prompt_length} for example in part])
-        batch = {name: tensor.to(device) for name, tensor in batch.items()}
-        hidden = base.transformer(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-        ).last_hidden_state[:, :-1]  # [B, T - 1, C]
-        labels = batch["labels"][:, 1:]
-        kept = labels != IGNORED
-        tokens = int(kept.sum())
-        total += float(frozen_head_loss(hidden[kept], base.lm_head.weight, labels[kept])) * tokens
-        count += tokens
-    return round(math.exp(total / count), 3)
+    after = [replace(example, bare_length=example.prompt_length) for example in examples]
+    losses = example_losses(model, after, Lane(adapter), device)
+    return round(math.exp(sum(total for total, _ in losses) / sum(count for _, count in losses)), 3)
 
 
 def _prompts(text: str, examples: Sequence[Example], n: int, seed: int) -> list[str]:

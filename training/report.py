@@ -12,12 +12,12 @@ from typing import Any
 from peft import PeftModel
 
 from training.base import Base
-from training.config import TrainConfig
+from training.config import TrainConfig, flag_of
 from training.data import Corpus
 from training.evaluate import METRICS, Evaluation, Rate, Shown
 from training.sampling import greedy
 from training.template import fill
-from training.train import History
+from training.voice import History
 
 FORMAT_VERSION = 1
 GOLDEN_PROMPTS = 3
@@ -41,7 +41,17 @@ def write_report(
             "skipped_by_reason": dict(Counter(row.reason for row in corpus.skipped)),
             "skipped": [asdict(row) for row in corpus.skipped],
         },
-        "training": {"steps": history.steps, "seconds": round(history.seconds, 1), "valid_loss": history.valid},
+        "training": {
+            "steps": history.steps,
+            "kept_step": history.kept_step,
+            "ended_by": history.ended_by,
+            "seconds": round(history.seconds, 1),
+            "tokens": history.tokens,
+            "tokens_per_second": round(history.tokens_per_second),
+            "attention_padding": round(history.padding, 4),
+            "peak_memory_mb": round(history.peak_bytes / 2**20),
+            "valid_loss": history.valid,
+        },
         "sampling": asdict(evaluation.settings),
         "metrics": METRICS,
         "rows": [asdict(row) for row in evaluation.rows],
@@ -143,17 +153,18 @@ def first_of_each_kind(shown: Sequence[Shown]) -> list[Shown]:
 def command(config: TrainConfig) -> str:
     """The command that makes this adapter again: every flag that isn't at its default."""
     default, words = TrainConfig(config.name).recorded(), ["python", "-m", "training", "--name", config.name]
-    flags = {"authors": "--author", "tags": "--tag", "columns": "--column"}
     for key, value in config.recorded().items():
         if key == "name" or value == default[key] or (key == "alpha" and config.alpha is None) or value is None:
             continue
-        flag = flags.get(key, "--" + key.replace("_", "-"))
+        if value is True or value is False:
+            words.append(flag_of(key) if value else flag_of(key).replace("--", "--no-", 1))
+            continue
         if key == "columns":
             value = [f"{field}={column}" for field, column in value.items()]
         elif key == "targets":
             value = ",".join(value)
-        for item in value if isinstance(value, list | tuple) else [value]:
-            words += [flag, f"{item:g}" if isinstance(item, float) else str(item)]
+        for item in value if isinstance(value, list) else [value]:
+            words += [flag_of(key), f"{item:g}" if isinstance(item, float) else str(item)]
     return shlex.join(words)
 
 

@@ -1,143 +1,105 @@
-"""LoRA on a frozen GPT-2: PEFT's adapter, transformers' Trainer, our loss. Seeded, checkpointed, resumable."""
+"""LoRA on a frozen GPT-2: PEFT's adapters, our loop. Seeded, checkpointed, resumable; one adapter or several at once."""
 
 import hashlib
 import json
-import math
 import shutil
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import save_file
+from transformers import GPT2LMHeadModel, set_seed
 
 from training.base import Base
-from training.collate import IGNORED, LengthGrouped, collate
 from training.config import TrainConfig
-from training.data import Example
-from training.errors import ConfigError, TrainingError
-from training.loss import frozen_head_loss
+from training.data import Corpus
+from training.distributed import Ranks
+from training.errors import ConfigError
+from training.loop import Progress, train_together
+from training.voice import Voice
 
 RUN_FILE = "run.json"
-EVALUATIONS = 8  # times that a run is evaluated and checkpointed
 
 
 @dataclass(frozen=True)
-class History:
-    """What a run's log holds: points of (step, loss in nats a token), and how it went."""
+class Job:
+    """One adapter to be made: what it is to be, and its data."""
 
-    train: list[tuple[int, float]]
-    valid: list[tuple[int, float]]
-    steps: int
-    seconds: float  # of this process; a resumed run counts from where it went on
-
-
-class LoraTrainer(Trainer):
-    """Trainer with the loss of a frozen output head, and batches of like lengths."""
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> LengthGrouped:
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        lengths = [len(row["input_ids"]) for row in rows]
-        return LengthGrouped(lengths, self.args.per_device_train_batch_size, self.args.seed)
-
-    def compute_loss(
-        self, model: Any, inputs: dict[str, torch.Tensor], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
-        """Mean loss over the batch's labels; the logits are never kept."""
-        base = model.get_base_model()
-        hidden = base.transformer(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], use_cache=False
-        ).last_hidden_state[:, :-1]  # [B, T - 1, C]
-        labels = inputs["labels"][:, 1:]  # [B, T - 1]
-        kept = labels != IGNORED
-        loss = frozen_head_loss(hidden[kept], base.lm_head.weight, labels[kept])
-        return (loss, {}) if return_outputs else loss
-
-
-def adapt(model: GPT2LMHeadModel, config: TrainConfig) -> PeftModel:
-    """`model` frozen, with a fresh adapter on the configured projections."""
-    lora = LoraConfig(
-        r=config.rank,
-        lora_alpha=config.lora_alpha,
-        lora_dropout=config.dropout,
-        target_modules=list(config.targets),
-        fan_in_fan_out=True,  # GPT-2's Conv1D keeps its weights as (in, out)
-        task_type="CAUSAL_LM",
-    )
-    adapted: Any = get_peft_model(model, lora)
-    return adapted
+    config: TrainConfig
+    corpus: Corpus
 
 
 def train(
-    base: Base, config: TrainConfig, train_set: Sequence[Example], valid_set: Sequence[Example]
-) -> tuple[PeftModel, History]:
-    """Train, or go on from the last checkpoint in `config.partial`.
+    base: Base, weights: GPT2LMHeadModel, jobs: Sequence[Job], ranks: Ranks, progress: Progress
+) -> tuple[PeftModel, list[Voice]]:
+    """Train the jobs' adapters together on `weights`, or go on from their checkpoints.
 
-    Raises ConfigError if the unfinished run there isn't this one, TrainingError if the loss isn't finite.
+    The voices come back in the order of the jobs, each done or `failed`; the model is in evaluation mode.
+    Raises ConfigError if an unfinished run isn't this one, TrainingError if its checkpoint can't be read.
     """
-    set_seed(config.seed)
-    model = adapt(base.load(), config)
-    checkpoint = _prepare(config, base, train_set)
-    steps = math.ceil(len(train_set) / config.batch_size) * config.epochs
-    every = max(1, int(steps) // EVALUATIONS)
-    arguments = TrainingArguments(
-        output_dir=str(config.partial / "checkpoints"),
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=32,
-        num_train_epochs=config.epochs,
-        learning_rate=config.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=min(50, max(1, int(steps) // 10)),
-        weight_decay=0.0,
-        eval_strategy="steps",
-        eval_steps=every,
-        eval_on_start=checkpoint is None,
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
-        logging_steps=max(1, every // 8),
-        prediction_loss_only=True,
-        remove_unused_columns=False,
-        bf16=torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False),
-        dataloader_pin_memory=torch.cuda.is_available(),
-        label_names=["labels"],
-        report_to="none",
-        seed=config.seed,
-    )
-    trainer = LoraTrainer(
-        model=model,
-        args=arguments,
-        data_collator=collate,
-        train_dataset=_dataset(train_set),
-        eval_dataset=_dataset(valid_set),
-    )
-    start = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    history = _history(trainer.state.log_history, trainer.state.global_step, time.monotonic() - start)
-    if not all(math.isfinite(loss) for _, loss in history.train + history.valid):
-        raise TrainingError(f"the loss is no longer finite: --lr {config.lr} is too high, try {config.lr / 4:g}")
-    return model.eval(), history
+    model: Any = None
+    for number, job in enumerate(jobs):
+        set_seed(job.config.seed)  # each starts as it would alone
+        if model is None:
+            model = get_peft_model(weights, _lora(job.config), adapter_name=name_in_model(number))
+        else:
+            model.add_adapter(name_in_model(number), _lora(job.config))
+    model.to(ranks.device).eval()  # the forward pass draws its own dropout
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    voices = []
+    for number, job in enumerate(jobs):
+        voice = Voice(model, name_in_model(number), job.config, job.corpus.train, job.corpus.valid)
+        if ranks.first:
+            _prepare(job.config, base, job.corpus)
+        ranks.wait()
+        voice.load(job.config.partial)
+        voices.append(voice)
+    dtype = getattr(torch, jobs[0].config.dtype)
+    train_together(model, voices, ranks, dtype, [job.config.partial for job in jobs], progress)
+    return model, voices
 
 
-def save_adapter(model: PeftModel, base: Base, folder: Path) -> None:
+def name_in_model(number: int) -> str:
+    """PEFT's name of a job's adapter; a user's name may hold what PEFT's may not."""
+    return f"voice{number}"
+
+
+def save_adapter(model: PeftModel, adapter: str, base: Base, folder: Path) -> None:
     """Write `adapter_config.json` and `adapter_model.safetensors`, free of paths and of hash order."""
-    model.save_pretrained(str(folder))
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card
-    (folder / "adapter_model.safetensors").chmod(0o644)  # written for its owner only; a server may run as another user
+    folder.mkdir(parents=True)
+    weights = get_peft_model_state_dict(model, adapter_name=adapter)
+    save_file(
+        {name: tensor.contiguous().cpu() for name, tensor in weights.items()}, folder / "adapter_model.safetensors"
+    )
+    (folder / "adapter_model.safetensors").chmod(0o644)  # a server may run as another user
+    config = model.peft_config[adapter]
+    config.save_pretrained(str(folder))
     file = folder / "adapter_config.json"
     values = json.loads(file.read_text())
-    values["base_model_name_or_path"] = base.name
+    values |= {"base_model_name_or_path": base.name, "inference_mode": True}
     values["target_modules"] = sorted(values["target_modules"])
     file.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
-def _prepare(config: TrainConfig, base: Base, train_set: Sequence[Example]) -> str | None:
-    """Set up `config.partial`; the checkpoint to go on from."""
-    texts = hashlib.sha256(json.dumps([example.token_ids for example in train_set]).encode()).hexdigest()
+def _lora(config: TrainConfig) -> LoraConfig:
+    return LoraConfig(
+        r=config.rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=config.dropout,
+        use_rslora=config.rslora,
+        target_modules=list(config.targets),
+        fan_in_fan_out=True,  # GPT-2's Conv1D keeps its weights as (in, out)
+        task_type="CAUSAL_LM",
+    )
+
+
+def _prepare(config: TrainConfig, base: Base, corpus: Corpus) -> None:
+    """Set up `config.partial`, or check that the unfinished run in it is this one."""
+    texts = hashlib.sha256(json.dumps([example.token_ids for example in corpus.train]).encode()).hexdigest()
     recorded = config.recorded() | {"base_sha256": base.weights_sha256(), "texts_sha256": texts}
     recorded = json.loads(json.dumps(recorded))  # as it reads back
     file = config.partial / RUN_FILE
@@ -150,21 +112,7 @@ def _prepare(config: TrainConfig, base: Base, train_set: Sequence[Example]) -> s
             changed = [key for key in changed if not key.endswith("_sha256")] or changed  # name the cause
             listed = ", ".join(f"{key} was {before.get(key)!r}, is {recorded[key]!r}" for key in changed)
             raise ConfigError(f"--resume: this is another run ({listed}); give the same flags, or --overwrite")
-        checkpoints = config.partial / "checkpoints"
-        return get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+        return
     shutil.rmtree(config.partial, ignore_errors=True)
     config.partial.mkdir(parents=True)
     file.write_text(json.dumps(recorded, indent=2) + "\n")
-    return None
-
-
-def _dataset(examples: Sequence[Example]) -> Any:
-    # A prompt's names are not learned, so that after any name, known or not, the template goes on.
-    return [{"input_ids": example.token_ids, "learn_from": example.bare_length} for example in examples]
-
-
-def _history(log: list[dict[str, float]], steps: int, seconds: float) -> History:
-    points = {
-        key: [(int(entry["step"]), float(entry[key])) for entry in log if key in entry] for key in ("loss", "eval_loss")
-    }
-    return History(points["loss"], points["eval_loss"], steps, seconds)

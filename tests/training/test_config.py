@@ -5,7 +5,8 @@ import shlex
 import pytest
 
 from training.__main__ import main
-from training.config import TrainConfig, parse_args
+from training.cli import parse_args
+from training.config import TrainConfig
 from training.errors import ConfigError
 from training.report import command
 
@@ -29,6 +30,11 @@ from training.report import command
         (["--template", "Say {quote:>9}!"], "--template"),
         (["--prompt", "Elsewhere"], "--prompt 'Elsewhere' is not the beginning"),
         (["--resume", "--overwrite"], "give one of them"),
+        (["--clip", "0"], "--clip is 0.0: give a number above 0"),
+        (["--weight-decay", "-1"], "--weight-decay is -1.0: give 0 or more"),
+        (["--max-tokens", "0"], "--max-tokens is 0"),
+        (["--gate", "eos_rate"], "--gate 'eos_rate': write NAME=VALUE, for example --gate eos_rate=0.95"),
+        (["--gate", "eos_rate=high"], "'high' is not a number"),
     ],
 )
 def test_a_bad_value_is_named(flags: list[str], message: str) -> None:
@@ -41,6 +47,7 @@ def test_the_recorded_command_makes_the_same_run() -> None:
     config = TrainConfig(
         "mine", authors=("Oscar Wilde", "Jane Austen"), tags=("love",), columns={"quote": "text"}, rank=3, alpha=5,
         epochs=1.5, lr=3e-4, targets=("c_attn",), template="{author} said: {quote}", seed=9, limit=50,
+        rslora=True, schedule="linear", patience=2, warmup=0,
     )  # fmt: skip
     again = parse_args(shlex.split(command(config))[3:])
     assert again.recorded() == config.recorded()

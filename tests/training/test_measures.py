@@ -1,4 +1,4 @@
-"""Loss, batches, sampling and rates against independent computations."""
+"""Loss, sampling and rates against independent computations."""
 
 import math
 
@@ -8,9 +8,8 @@ from torch.nn import functional
 from transformers import GPT2LMHeadModel
 
 from training.base import Base
-from training.collate import IGNORED, LengthGrouped, collate
 from training.evaluate import OVERLAP_WORDS, Rate, figures
-from training.loss import TOKENS_PER_CHUNK, frozen_head_loss
+from training.loss import TOKENS_PER_CHUNK, frozen_head_losses
 from training.sampling import Sample, SamplingSettings, _choose, greedy, sample
 
 
@@ -20,38 +19,17 @@ def model(base: Base) -> GPT2LMHeadModel:
 
 
 @pytest.mark.parametrize("n", [1, 7, TOKENS_PER_CHUNK + 3])
-def test_the_loss_and_its_gradient_are_cross_entropy(n: int) -> None:
+def test_the_losses_and_their_gradient_are_cross_entropy(n: int) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(n, 16, requires_grad=True)
     again = hidden.detach().clone().requires_grad_()
-    weight, targets = 3 * torch.randn(101, 16), torch.randint(0, 101, (n,))
-    ours, plain = frozen_head_loss(hidden, weight, targets), functional.cross_entropy(again @ weight.T, targets)
-    (2 * ours).backward()
-    (2 * plain).backward()
+    weight, targets, factors = 3 * torch.randn(101, 16), torch.randint(0, 101, (n,)), torch.randn(n)
+    ours = frozen_head_losses(hidden, weight, targets)
+    plain = functional.cross_entropy(again @ weight.T, targets, reduction="none")
+    (factors * ours).sum().backward()
+    (factors * plain).sum().backward()
     torch.testing.assert_close(ours, plain)
     torch.testing.assert_close(hidden.grad, again.grad)
-
-
-def test_padding_is_masked_by_length_and_eos_is_learned() -> None:
-    eos = 50256
-    rows = [([5, 6, eos], 1), ([7, eos], 0), ([eos], 0)]
-    batch = collate([{"input_ids": ids, "learn_from": start} for ids, start in rows], pad_id=eos)
-    assert batch["input_ids"].shape == (3, 3)  # the longest of the batch, not the model's maximum
-    assert batch["labels"].tolist() == [[IGNORED, 6, eos], [7, eos, IGNORED], [eos, IGNORED, IGNORED]]
-    assert batch["attention_mask"].sum(1).tolist() == [3, 2, 1]
-
-
-def test_every_epoch_has_its_own_order_of_all_examples_in_batches_of_like_length() -> None:
-    lengths = [(7 * i) % 50 for i in range(205)]
-    sampler = LengthGrouped(lengths, 10, seed=4)
-    orders = []
-    for epoch in (0, 1, 0):
-        sampler.set_epoch(epoch)
-        orders.append(list(sampler))
-        assert sorted(orders[-1]) == list(range(205))
-    assert orders[0] == orders[2] != orders[1]
-    spread = [max(ls) - min(ls) for i in range(0, 200, 10) for ls in [[lengths[j] for j in orders[0][i : i + 10]]]]
-    assert max(spread) <= 4
 
 
 def test_greedy_is_generate(model: GPT2LMHeadModel, base: Base) -> None:

@@ -11,11 +11,14 @@ from transformers import GPT2LMHeadModel
 
 from adapters.validation import inspect_adapter
 from server.model.config import GPT2Config
-from training import train
+from training import forward
 from training.__main__ import main
 from training.base import Base
 
-FILES = {"adapter_config.json", "adapter_model.safetensors", "report.json", "golden.json", "loss.png", "README.md"}
+FILES = {
+    "adapter_config.json", "adapter_model.safetensors", "recipe.yaml", "report.json", "golden.json", "loss.png",
+    "README.md",
+}  # fmt: skip
 
 
 def flags(name: str, output: Path, base: Path, data: Path, *more: str) -> list[str]:
@@ -69,7 +72,7 @@ def test_the_same_seed_gives_the_same_adapter_also_after_an_interruption(
 ) -> None:
     run = flags("voice", tmp_path, tiny_base, quotes_file)
     calls = 0
-    plain_loss = train.frozen_head_loss
+    plain_loss = forward.frozen_head_losses
 
     def interrupted(*args):
         nonlocal calls
@@ -79,7 +82,7 @@ def test_the_same_seed_gives_the_same_adapter_also_after_an_interruption(
         return plain_loss(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "frozen_head_loss", interrupted)
+        patch.setattr(forward, "frozen_head_losses", interrupted)
         assert main(run) == 130
     assert not (tmp_path / "voice").exists()
     assert main(run) == 2  # an unfinished run isn't thrown away silently

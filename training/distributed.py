@@ -1,0 +1,67 @@
+"""The processes that share a run: one, or as many as `torchrun` or `accelerate launch` started.
+
+Each takes every world-th row of a batch and all add up their gradients, so that all take the same step.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import distributed
+
+from training.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes files and speaks."""
+        return self.rank == 0
+
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace each tensor by its sum over all processes."""
+        if self.world == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        distributed.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            distributed.barrier()
+
+    def leave(self) -> None:
+        """End the group; no other call may follow."""
+        if self.world > 1:
+            distributed.destroy_process_group()
+
+
+def join(device: str = "auto") -> Ranks:
+    """Join the processes that the launcher started, on the device of this one. Raises ConfigError."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch finds no GPU here; --device cpu trains without one")
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Ranks(torch.device("cpu" if cpu else "cuda"))
+    from accelerate import PartialState  # it knows the launchers' environment and each device's backend
+
+    state: Any = PartialState(cpu=cpu)
+    return Ranks(state.device, state.process_index, state.num_processes)
+
+
+def faster_dtype(device: torch.device) -> str:
+    """What `--dtype auto` means: bfloat16 where the device computes it at speed."""
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    return "float32"

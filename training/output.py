@@ -1,0 +1,50 @@
+"""Where a run's files go: checkpoints and unfinished files aside, the adapter's folder whole or not at all."""
+
+import os
+import shutil
+from pathlib import Path
+
+from training.config import TrainConfig
+from training.errors import ConfigError
+
+REPLACED = "replaced"  # in the run's own folder, for as long as replacing takes
+
+
+def check_output(config: TrainConfig) -> None:
+    """Raises ConfigError if an adapter or an unfinished run of this name is there and no flag says what to do."""
+    config.folder.parent.mkdir(parents=True, exist_ok=True)
+    if (config.partial / REPLACED).is_dir() and not config.folder.exists():
+        os.rename(config.partial / REPLACED, config.folder)
+    if config.folder.exists() and not config.overwrite:
+        raise ConfigError(f"{config.folder} exists: choose another --name, or --overwrite to replace it")
+    if config.partial.exists() and not (config.resume or config.overwrite):
+        raise ConfigError(
+            f"an unfinished run of {config.name!r} is in {config.output}: --resume to go on with it, or --overwrite to "
+            "start anew"
+        )
+
+
+def fresh_folder(config: TrainConfig) -> Path:
+    """Where the finished adapter's files are written before it is published; nothing is there yet."""
+    finished = config.partial / "finished"
+    shutil.rmtree(finished, ignore_errors=True)
+    return finished
+
+
+def publish(config: TrainConfig) -> None:
+    """Put the finished folder in its place by renaming, so that a running server sees all of it or nothing.
+
+    An adapter that it replaces is moved away first; if the run dies in between, `check_output` puts it back.
+    """
+    if config.folder.exists():
+        os.rename(config.folder, config.partial / REPLACED)
+    os.rename(config.partial / "finished", config.folder)
+    shutil.rmtree(config.partial)
+    shutil.rmtree(config.rejected, ignore_errors=True)
+
+
+def keep_aside(config: TrainConfig) -> None:
+    """Keep the finished folder as `config.rejected`: it failed its gate. What it was to replace stays."""
+    shutil.rmtree(config.rejected, ignore_errors=True)
+    os.rename(config.partial / "finished", config.rejected)
+    shutil.rmtree(config.partial)

@@ -1,0 +1,117 @@
+"""One run from its configuration to the published folder: data, training, measuring, files."""
+
+import ctypes
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from peft import PeftModel
+
+from training import report
+from training.base import Base, open_base
+from training.config import TrainConfig
+from training.data import Corpus, load_corpus
+from training.distributed import Ranks, faster_dtype, join
+from training.errors import TrainingError
+from training.evaluate import Evaluation, evaluate
+from training.output import check_output, fresh_folder, publish
+from training.recipe import write_recipe
+from training.train import Job, save_adapter, train
+from training.voice import Voice
+
+SKIPPED_SHOWN = 10
+
+
+def run(config: TrainConfig) -> None:
+    """Train, measure and publish one adapter. Raises TrainingError, OSError."""
+    keep_heap()
+    ranks = join(config.device)
+    try:
+        if ranks.first:
+            check_output(config)
+        base = open_base(config.model)
+        config = resolved(config, ranks)
+        job = Job(config, load_corpus(config, base))
+        if ranks.first:
+            print(summary(config, job.corpus), flush=True)
+        model, (voice,) = train(base, base.load(), [job], ranks, told if ranks.first else quiet)
+    finally:
+        ranks.leave()
+    if voice.failed:
+        raise TrainingError(voice.failed)
+    if ranks.first:
+        evaluation = finish(job, voice, model, base)
+        print(report.side_by_side(evaluation))
+        print(f"\nwrote {config.folder}")
+
+
+def resolved(config: TrainConfig, ranks: Ranks) -> TrainConfig:
+    """The configuration with what `auto` means here."""
+    return replace(config, dtype=faster_dtype(ranks.device)) if config.dtype == "auto" else config
+
+
+def finish(job: Job, voice: Voice, model: PeftModel, base: Base) -> Evaluation:
+    """Measure a trained voice beside the base, write its files and publish its folder."""
+    config, corpus, history = job.config, job.corpus, voice.history
+    print(
+        f"{config.name}: trained {history.steps} steps in {history.seconds:.0f} s ({history.tokens_per_second:,.0f} "
+        "tokens/s); measuring base and adapter", flush=True,
+    )  # fmt: skip
+    typed: Any = model
+    typed.set_adapter(voice.adapter)
+    typed.requires_grad_(False)
+    evaluation = evaluate(model, voice.adapter, base, corpus, config)
+    folder = fresh_folder(config)
+    save_adapter(model, voice.adapter, base, folder)
+    write_recipe(folder, config)
+    report.write_report(folder, config, base, corpus, history, evaluation)
+    report.write_golden(folder, model, base, corpus, config)
+    report.write_loss_curve(folder, config.name, history)
+    report.write_card(folder, config, base, corpus, evaluation)
+    publish(config)
+    return evaluation
+
+
+def told(voice: Voice) -> None:
+    """Print a voice's progress."""
+    if voice.failed:
+        print(f"{voice.config.name}: failed: {voice.failed}", flush=True)
+        return
+    history = voice.history
+    print(
+        f"{voice.config.name}: step {history.steps}/{len(voice.plan)}, held-out loss {history.valid[-1][1]:.4f}, "
+        f"{history.tokens_per_second:,.0f} tokens/s", flush=True,
+    )  # fmt: skip
+
+
+def quiet(voice: Voice) -> None:
+    """Print nothing: the first process does."""
+
+
+def keep_heap() -> None:
+    """Have glibc keep big buffers instead of returning them at every step: page faults cost up to half of the time."""
+    warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)  # PEFT's
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none
+    if mallopt is not None:
+        for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):  # MMAP_MAX, TRIM_THRESHOLD, TOP_PAD
+            mallopt(option, value)
+
+
+def summary(config: TrainConfig, corpus: Corpus) -> str:
+    """What of the data is used and what is left out, for a person to read."""
+    sizes = f"{len(corpus.train)} to train on, {len(corpus.valid)} to validate, {len(corpus.test)} to test"
+    lines = [f"{config.data}: {sizes}, {len(corpus.heldout_authors)} of authors held out"]
+    lines += [f"  {count} left out by {flag}" for flag, count in corpus.filtered.items() if count]
+    lines += skipped(corpus)
+    return "\n".join(lines)
+
+
+def skipped(corpus: Corpus) -> Sequence[str]:
+    """Lines about the rows that can't be used."""
+    lines = [f"  {count} left out: {why}" for why, count in Counter(row.reason for row in corpus.skipped).most_common()]
+    lines += [f"    {row.source} line {row.line}: {row.detail or row.reason}" for row in corpus.skipped[:SKIPPED_SHOWN]]
+    if len(corpus.skipped) > SKIPPED_SHOWN:
+        lines.append(f"    and {len(corpus.skipped) - SKIPPED_SHOWN} more; report.json lists them all")
+    return lines
