@@ -13,7 +13,7 @@ EOS is learned like any token: nothing is masked by id, and there is no padding 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -41,10 +41,9 @@ class Packed:
 
     def to(self, device: torch.device) -> "Packed":
         """The same on `device`."""
-        tensors = (
-            t.to(device, non_blocking=True) for t in (self.ids, self.positions, self.targets, self.kept, self.places)
-        )
-        return Packed(*tensors, self.rows, self.longest, self.sizes, [share.to(device) for share in self.shares])
+        names = ("ids", "positions", "targets", "kept", "places")
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in names}
+        return replace(self, **moved, shares=[share.to(device) for share in self.shares])
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,8 @@ def pack(voices: Sequence[Sequence[Example]], rank: int = 0, world: int = 1) -> 
         shares.append(Share(start, None if world == 1 else torch.tensor(mine, dtype=torch.long)))
     longest = max(lengths, default=0)
     places = [row * longest + place for row, length in enumerate(lengths) for place in range(length)]
-    as_ids = [torch.tensor(values, dtype=torch.long) for values in (ids, positions, targets)]
     return Packed(
-        *as_ids, torch.tensor(kept, dtype=torch.bool), torch.tensor(places, dtype=torch.long), len(lengths), longest,
-        sizes, shares,
+        ids=torch.tensor(ids, dtype=torch.long), positions=torch.tensor(positions, dtype=torch.long),
+        targets=torch.tensor(targets, dtype=torch.long), kept=torch.tensor(kept, dtype=torch.bool),
+        places=torch.tensor(places, dtype=torch.long), rows=len(lengths), longest=longest, sizes=sizes, shares=shares,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 Every adapter has its own beside it (`recipe.yaml`); on a CPU it gives the same weights again.
 """
 
+import contextlib
 import difflib
 import tomllib
 from collections.abc import Mapping
@@ -60,10 +61,8 @@ def _typed(path: Path, name: str, value: Any, kind: Any) -> Any:
         return None
     plain = options[0] if len(options) == 1 and type(None) in get_args(kind) else kind
     if plain is float and isinstance(value, str):  # YAML reads 2e-3 as text: it wants 2.0e-3
-        try:
+        with contextlib.suppress(ValueError):  # told below
             value = float(value)
-        except ValueError:
-            pass  # told below
     if plain is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if plain == tuple[str, ...] and isinstance(value, list) and all(isinstance(item, str) for item in value):

@@ -1,4 +1,4 @@
-"""LoRA on a frozen GPT-2: PEFT's adapters, our loop. Seeded, checkpointed, resumable; one adapter or several at once."""
+"""LoRA on a frozen GPT-2: PEFT's adapters, our loop. Seeded, checkpointed, resumable; one adapter or several."""
 
 import hashlib
 import json

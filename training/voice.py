@@ -1,7 +1,7 @@
 """One voice in training: its adapter's parameters, its optimizer, its place in its own plan of steps.
 
-A voice knows nothing of others. All that decides its next step is its state here and its seed, so that it may be trained
-alone or beside others, stopped and taken up again, with the same result.
+A voice knows nothing of others. All that decides its next step is its state here and its seed, so that it may be
+trained alone or beside others, stopped and taken up again, with the same result.
 """
 
 import math
