@@ -56,12 +56,12 @@ class Corpus:
     filtered: Counter[str] = field(default_factory=Counter)  # flag -> rows it left out
 
 
-def load_corpus(config: TrainConfig, base: Base) -> Corpus:
-    """Read, filter and encode the data.
+def load_corpus(config: TrainConfig, base: Base, raw: Mapping[str, list[RawRow]] | None = None) -> Corpus:
+    """Read, filter and encode the data. `raw`: its rows, where they have been read already.
 
     Raises DataError if a column or an author isn't there, or no row is usable.
     """
-    raw = read_source(config.data)
+    raw = read_source(config.data) if raw is None else raw
     template = config.parsed_template()
     wanted = [*template.fields, *(["author"] if config.authors else []), *(["tags"] if config.tags else [])]
     columns = {name: config.columns.get(name, name) for name in wanted}
@@ -96,7 +96,7 @@ def _examples(
         if filters and config.authors and str(row.values.get(columns["author"])).strip() not in config.authors:
             corpus.filtered["--author"] += 1
             continue
-        if filters and config.tags and not set(config.tags) & _tags(row.values.get(columns["tags"])):
+        if filters and config.tags and not set(config.tags) & tags_of(row.values.get(columns["tags"])):
             corpus.filtered["--tag"] += 1
             continue
         values = {name: _string(row.values.get(columns[name])) for name in template.fields}
@@ -209,7 +209,8 @@ def _encodable(values: Iterable[str]) -> bool:
     return True
 
 
-def _tags(value: Any) -> set[str]:
+def tags_of(value: Any) -> set[str]:
+    """The tags that a row's column holds: a list, or text with commas between."""
     if isinstance(value, str):
         value = value.split(",")
     return {str(tag).strip() for tag in value} if isinstance(value, list | tuple) else set()
