@@ -43,7 +43,7 @@ class Outcome:
 
 def main(argv: Sequence[str]) -> None:
     """Train the choir that the command line asks for. Raises TrainingError."""
-    arguments = vars(_parser().parse_args(argv))
+    arguments: dict[str, Any] = vars(_parser().parse_args(argv))
     by, minimum, limit, together = (arguments.pop(name) for name in ("by", "min_quotes", "voices", "together"))
     for flag, value in (("--min-quotes", minimum), ("--limit", limit), ("--together", together)):
         if value is not None and value < 1:
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     chosen = GROUPINGS[by]
     if values.get(chosen):
         raise ConfigError(f"--{by} chooses rows of one voice, --by {by} makes a voice of each: give one of them")
-    config = TrainConfig(**values | {"name": "choir"})
+    config = TrainConfig(**(values | {"name": "choir"}))
     from training.choir_run import run_choir  # torch takes seconds
 
     run_choir(config, by, minimum, limit, together).check()
@@ -90,7 +90,8 @@ def configs(config: TrainConfig, by: str, values: Sequence[str]) -> dict[str, Tr
         name, number = stem, 2
         while name in named:
             name, number = f"{stem[:60]}-{number}", number + 1
-        named[name] = replace(config, **{"name": name, GROUPINGS[by]: (value,)})
+        chosen: dict[str, Any] = {GROUPINGS[by]: (value,)}
+        named[name] = replace(config, name=name, **chosen)
     return named
 
 
