@@ -52,7 +52,8 @@ def main(argv: Sequence[str]) -> None:
     chosen = GROUPINGS[by]
     if values.get(chosen):
         raise ConfigError(f"--{by} chooses rows of one voice, --by {by} makes a voice of each: give one of them")
-    config = TrainConfig(**(values | {"name": "choir"}))
+    values["name"] = "choir"
+    config = TrainConfig(**values)
     from training.choir_run import run_choir  # torch takes seconds
 
     run_choir(config, by, minimum, limit, together).check()
