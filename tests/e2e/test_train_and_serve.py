@@ -26,7 +26,7 @@ def test_an_adapter_trained_beside_a_running_server_is_served(tmp_path: Path) ->
         subprocess.run(
             [
                 sys.executable, "-m", "training", "--name", "numbers", "--data", str(tmp_path / "data.jsonl"),
-                "--output", str(adapters), "--epochs", "12", "--batch-size", "8", "--eval-samples", "4",
+                "--output", str(adapters), "--epochs", "6", "--batch-size", "8", "--eval-samples", "4",
             ],
             cwd=ROOT, check=True, timeout=280, capture_output=True,
         )  # fmt: skip
