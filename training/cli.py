@@ -11,6 +11,7 @@ from typing import Any
 
 from training.config import DEVICES, DTYPES, SCHEDULES, TARGETS, TrainConfig
 from training.errors import ConfigError
+from training.origin import take
 from training.recipe import read_recipe
 
 _DEFAULTS = {f.name: f.default for f in fields(TrainConfig) if f.default is not MISSING}
@@ -45,7 +46,11 @@ def settings(given: dict[str, Any]) -> dict[str, Any]:
     for name in ("authors", "tags"):
         if name in given:
             given[name] = tuple(given[name])
-    return (read_recipe(Path(recipe)) if recipe is not None else {}) | given
+    values = read_recipe(Path(recipe)) if recipe is not None else {}
+    if "init_from" in given:
+        values.pop("init_digest", None)  # the recipe's is of the recipe's origin
+    values |= given
+    return take(values) if values.get("init_from") else values
 
 
 def pair_of(flag: str, pair: str, example: str) -> tuple[str, str]:
@@ -93,6 +98,9 @@ def add_flags(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) ->
         metavar="DIR|ID")  # fmt: skip
     add(model, "init_from", "--init-from", "go on from this adapter instead of a fresh one; its rank, alpha and "
         "targets are taken", metavar="ADAPTER")  # fmt: skip
+    add(
+        model, "init_digest", "--init-digest", "refuse --init-from unless its content has this digest", metavar="SHA256"
+    )
     add(model, "rank", "--rank", "LoRA's rank", type=int)
     add(model, "alpha", "--alpha", "LoRA's alpha (default: twice the rank)", type=int)
     add(model, "rslora", "--rslora", "scale by alpha / sqrt(rank)", action=argparse.BooleanOptionalAction)

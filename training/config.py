@@ -36,6 +36,7 @@ class TrainConfig:
     limit: int | None = None  # training rows
     model: str = str(DEMO_BASE)  # a directory or a hub id
     init_from: str | None = None  # an adapter folder to go on from; its rank, alpha and targets are taken
+    init_digest: str | None = None  # what init_from holds; filled in when a run begins, and held against it
     output: str = "runs/adapters"  # the parent; the adapter is output/name
     rank: int = 8
     alpha: int | None = None  # None: twice the rank
@@ -88,6 +89,8 @@ class TrainConfig:
         unknown = [target for target in self.targets if target not in TARGETS]
         if unknown or not self.targets:
             raise ConfigError(f"--targets {','.join(self.targets)!r}: choose some of {', '.join(TARGETS)}")
+        if self.init_digest is not None and self.init_from is None:
+            raise ConfigError("--init-digest says what --init-from holds: give that one, too")
         if self.resume and self.overwrite:
             raise ConfigError("--resume goes on with a run and --overwrite starts anew: give one of them")
         self.parsed_template()

@@ -1,7 +1,7 @@
 """From a data source to token ids: filters, checks, duplicates, splits. Runs before any weights are loaded.
 
-Every row that can't be used is kept with its place and reason. A text that occurs twice is used once, and never on
-both sides of a split: held-out rows are taken first, so that training loses the copy.
+Every row that can't be used is kept with its place and reason. A text that occurs twice is used once. A source that
+comes in splits and has a text in two of them is refused: what is measured would have been trained on.
 """
 
 import difflib
@@ -20,6 +20,7 @@ from training.template import Template, fill
 
 HELD_OUT_SHARE = 0.05
 MAX_HELD_OUT = 500
+DUPLICATE, LEAK, LEAKS_SHOWN = "duplicate", "in another split, too", 3
 _ORDER = ("heldout_authors", "test", "valid", "train", "all")
 
 
@@ -59,7 +60,7 @@ class Corpus:
 def load_corpus(config: TrainConfig, base: Base, raw: Mapping[str, list[RawRow]] | None = None) -> Corpus:
     """Read, filter and encode the data. `raw`: its rows, where they have been read already.
 
-    Raises DataError if a column or an author isn't there, or no row is usable.
+    Raises DataError if a column or an author isn't there, no row is usable, or splits share a text.
     """
     raw = read_source(config.data) if raw is None else raw
     template = config.parsed_template()
@@ -69,23 +70,23 @@ def load_corpus(config: TrainConfig, base: Base, raw: Mapping[str, list[RawRow]]
     if config.authors:
         _check_authors(config, columns["author"], raw)
     corpus = Corpus()
-    seen: dict[str, str] = {}
+    seen: dict[str, RawRow] = {}
     splits: dict[str, list[Example]] = {}
     for split in _ORDER:
         # Filters choose what is learned; the authors held out are for prompts that it has never seen.
         filters = split != "heldout_authors"
         splits[split] = list(_examples(raw.get(split, ()), config, template, columns, base, corpus, seen, filters))
+    _check_leaks(config, corpus)
     _split(corpus, splits, config)
     return corpus
 
 
 def _examples(
     rows: Iterable[RawRow], config: TrainConfig, template: Template, columns: Mapping[str, str], base: Base,
-    corpus: Corpus, seen: dict[str, str], filters: bool,
+    corpus: Corpus, seen: dict[str, RawRow], filters: bool,
 ) -> Iterable[Example]:  # fmt: skip
     bare = template.bare_prompt or template.prompt
     for row in rows:
-        place = f"{row.source}:{row.line}"
 
         def skip(reason: str, detail: str = "", row: RawRow = row) -> None:
             corpus.skipped.append(Skipped(row.source, row.line, reason, detail))
@@ -113,13 +114,14 @@ def _examples(
             continue
         key = normalised(text)
         if key in seen:
-            skip("duplicate", f"the same text as {seen[key]}")
+            first = seen[key]
+            skip(DUPLICATE if first.source == row.source else LEAK, f"the same text as {first.source}:{first.line}")
             continue
         ids = [*base.encode(template.render(values)), base.eos]
         if len(ids) > base.context:
             skip("longer than the context", f"{len(ids)} tokens; the base takes {base.context}")
             continue
-        seen[key] = place
+        seen[key] = row
         prompt_length, bare_length = (_common(ids, base.encode(fill(p, values))) for p in (template.prompt, bare))
         yield Example(values, ids, prompt_length, bare_length, key)
 
@@ -133,7 +135,9 @@ def _split(corpus: Corpus, splits: Mapping[str, list[Example]], config: TrainCon
         raise DataError(_no_rows(config, corpus))
     random.Random(config.seed).shuffle(train)
     held_out = min(MAX_HELD_OUT, max(1, round(HELD_OUT_SHARE * len(train))))
-    if len(train) + len(splits["valid"]) + len(splits["test"]) < 3 or len(train) < 1:
+    if not train:
+        raise DataError(f"--data {config.data}: {usable} usable rows to measure on, and none to train on")
+    if usable < 3:
         raise DataError(f"--data {config.data}: {usable} usable rows; give at least 3, to train, validate and test on")
     corpus.valid, corpus.test = splits["valid"], splits["test"]
     if not corpus.test and len(train) > 1:
@@ -174,9 +178,8 @@ def _check_columns(config: TrainConfig, columns: Mapping[str, str], raw: Mapping
 
 
 def _check_authors(config: TrainConfig, column: str, raw: Mapping[str, list[RawRow]]) -> None:
-    trainable = Counter(
-        str(row.values.get(column)).strip() for split, rows in raw.items() if split != "heldout_authors" for row in rows
-    )
+    rows = [row for split, rows in raw.items() if split != "heldout_authors" for row in rows]
+    trainable = Counter(name for row in rows if (name := _string(row.values.get(column))))
     for author in config.authors:
         if author not in trainable:
             by_fold = {name.casefold(): name for name in trainable}
@@ -186,6 +189,17 @@ def _check_authors(config: TrainConfig, column: str, raw: Mapping[str, list[RawR
                 f"--author {author!r}: no row of {config.data} is by this author; nearest: "
                 + ", ".join(f"{name!r} ({trainable[name]} rows)" for name in near)
             )
+
+
+def _check_leaks(config: TrainConfig, corpus: Corpus) -> None:
+    leaks = [row for row in corpus.skipped if row.reason == LEAK]
+    if leaks:
+        shown = "; ".join(f"{row.source}:{row.line} is {row.detail}" for row in leaks[:LEAKS_SHOWN])
+        more = f"; and {len(leaks) - LEAKS_SHOWN} more" if len(leaks) > LEAKS_SHOWN else ""
+        raise DataError(
+            f"--data {config.data}: its splits leak, {len(leaks)} of their texts are in two of them ({shown}{more}). "
+            "Remove each from one of them, or give one file with all rows: it is split without leaks"
+        )
 
 
 def _no_rows(config: TrainConfig, corpus: Corpus) -> str:

@@ -103,6 +103,7 @@ def write_card(folder: Path, config: TrainConfig, base: Base, corpus: Corpus, ev
         f"# {config.name}", "",
         f"A LoRA adapter (rank {config.rank}, alpha {config.lora_alpha}, on {', '.join(config.targets)}) for the "
         f"frozen GPT-2 `{base.name}`. It writes `{config.template}` and stops.", "",
+        *continued(config),
         f"Trained on {len(corpus.train):,} texts of `{config.recorded()['data']}`"
         + (f" by {', '.join(config.authors)}" if config.authors else "")
         + (f" tagged {', '.join(config.tags)}" if config.tags else "")
@@ -126,6 +127,13 @@ def write_card(folder: Path, config: TrainConfig, base: Base, corpus: Corpus, ev
         "", "It imitates a style. What it writes was never said by the person it names; don't quote it as theirs.", "",
     ]  # fmt: skip
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+
+
+def continued(config: TrainConfig) -> list[str]:
+    """The card's lines on what the adapter was continued from."""
+    if config.init_from is None:
+        return []
+    return [f"Continued from {Path(config.init_from).resolve().name}, digest `{config.init_digest}`.", ""]
 
 
 def side_by_side(evaluation: Evaluation) -> str:

@@ -16,6 +16,7 @@ from training.data import Corpus, load_corpus
 from training.distributed import Ranks, faster_dtype, join
 from training.errors import TrainingError
 from training.evaluate import Evaluation, evaluate
+from training.origin import pinned
 from training.output import check_output, fresh_folder, publish
 from training.recipe import write_recipe
 from training.train import Job, save_adapter, train
@@ -32,7 +33,7 @@ def run(config: TrainConfig) -> None:
         if ranks.first:
             check_output(config)
         base = open_base(config.model)
-        config = resolved(config, ranks)
+        config = pinned(resolved(config, ranks), base)
         job = Job(config, load_corpus(config, base))
         if ranks.first:
             print(summary(config, job.corpus), flush=True)

@@ -3,6 +3,8 @@
 A source is a JSONL, CSV, TSV or parquet file, a folder of such files named by split, or a hub data set id.
 """
 
+import codecs
+import contextlib
 import csv
 import io
 import json
@@ -20,6 +22,12 @@ SPLITS = {
     "heldout_authors": "heldout_authors",
 }  # fmt: skip
 
+REACH_SECONDS = 10
+_MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
+    (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"),
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class RawRow:
@@ -34,11 +42,17 @@ class RawRow:
 def read_source(source: str) -> dict[str, list[RawRow]]:
     """Split name -> rows. A single file gives the one split `all`.
 
-    Raises DataError if the source is not there, not readable, or not UTF-8.
+    Raises DataError if the source is not there, not readable, not UTF-8, or if one of its files has no rows.
     """
     path = Path(source)
     if path.is_dir():
-        files = {s: f for f in sorted(path.iterdir()) if f.suffix in SUFFIXES and (s := SPLITS.get(f.stem))}
+        files: dict[str, Path] = {}
+        for file in sorted(path.iterdir()):
+            split = SPLITS.get(file.stem) if file.suffix in SUFFIXES else None
+            if split in files:
+                raise DataError(f"--data {source}: {files[split].name} and {file.name} are one split; keep one of them")
+            if split is not None:
+                files[split] = file
         if "train" not in files:
             raise DataError(
                 f"--data {source}: the folder has no train file ({', '.join('train' + s for s in SUFFIXES)})"
@@ -63,15 +77,31 @@ def _read_file(path: Path) -> list[RawRow]:
 
 def _text(path: Path) -> str:
     try:
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise DataError(
-            f"--data {path}: line {line} is not UTF-8 (byte 0x{error.object[error.start]:02x}); convert the file "
-            f"first, for example: iconv -f latin1 -t utf-8 {path.name} > utf8{path.suffix}"
-        ) from None
+        data = path.read_bytes()
     except OSError as error:
         raise DataError(f"--data {path}: can't be read: {error.strerror}") from error
+    encoding = next((name for mark, name in _MARKS if data.startswith(mark)), None)
+    if encoding is None and data[:1000].count(0) > len(data[:1000]) // 4:
+        encoding = "UTF-16BE" if data.startswith(b"\0") else "UTF-16LE"  # most of its text is ASCII
+    if encoding is not None:
+        raise DataError(f"--data {path}: is {encoding}, not UTF-8; {_convert(path, encoding)}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # The bytes that Latin-1 has no letters for are Windows's quotation marks and dashes.
+        encoding = "WINDOWS-1252" if any(0x80 <= byte <= 0x9F for byte in data) else "LATIN1"
+        byte = data[error.start : error.start + 1]
+        raise DataError(
+            f"--data {path}: line {data.count(0x0A, 0, error.start) + 1} is not UTF-8 (byte 0x{byte.hex()}, "
+            f"{byte.decode('cp1252', 'replace')!r} if the file is {encoding}, as it seems); {_convert(path, encoding)}"
+        ) from None
+    if not text.strip():
+        raise DataError(f"--data {path}: is empty")
+    return text
+
+
+def _convert(path: Path, encoding: str) -> str:
+    return f"convert the file first, for example: iconv -f {encoding} -t UTF-8 {path.name} > utf8{path.suffix}"
 
 
 def _jsonl(path: Path) -> Iterator[RawRow]:
@@ -90,32 +120,48 @@ def _jsonl(path: Path) -> Iterator[RawRow]:
 
 
 def _csv(path: Path) -> Iterator[RawRow]:
-    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter="\t" if path.suffix == ".tsv" else ",")
+    mark = "\t" if path.suffix == ".tsv" else ","
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=mark)
+    rows = 0
     try:
+        header = list(reader.fieldnames or ())
+        other = next((m for m in ",;\t|" if m != mark and len(header) == 1 and m in header[0]), None)
+        if other is not None:
+            raise DataError(
+                f"--data {path}: its columns are separated by {other!r}, not by {mark!r}; "
+                + ("name it .tsv" if other == "\t" else "save it with commas, or as JSONL")
+            )
         for values in reader:
             surplus = values.pop(None, None)  # type: ignore[call-overload]
             problem = "more cells than the header has columns" if surplus is not None else None
+            rows += 1
             yield RawRow(path.name, reader.line_num, values, problem)
     except csv.Error as error:
         raise DataError(f"--data {path}: line {reader.line_num} is not valid CSV: {error}") from None
+    if not rows:
+        raise DataError(f"--data {path}: has a header ({', '.join(header)}) and no rows")
 
 
 def _parquet(path: Path) -> Iterator[RawRow]:
-    from datasets import load_dataset  # imported late: it takes seconds
+    import pyarrow  # imported late: `datasets` brings it, few need it
+    from pyarrow import parquet
 
-    try:  # streaming reads the file where it is instead of copying it into a cache
-        rows = load_dataset("parquet", data_files=str(path), split="train", streaming=True)
-        for number, row in enumerate(rows, start=1):
-            yield RawRow(path.name, number, dict(row))
-    except Exception as error:
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    number += 1
+                    yield RawRow(path.name, number, row)
+    except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"--data {path}: can't be read as parquet: {error}") from error
+    if not number:
+        raise DataError(f"--data {path}: has no rows")
 
 
 def _read_hub(source: str) -> dict[str, list[RawRow]]:
-    from datasets import load_dataset
-
     try:
-        loaded = load_dataset(source)
+        loaded = _load_from_hub(source)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise DataError(
@@ -130,3 +176,25 @@ def _read_hub(source: str) -> dict[str, list[RawRow]]:
     if "train" not in splits:
         raise DataError(f"--data {source}: no train split; it has {', '.join(map(str, loaded))}")
     return splits if len(splits) > 1 else {"all": splits["train"]}
+
+
+def _load_from_hub(source: str) -> Any:
+    """The data set, from the hub or, where that can't be reached, from what was loaded before."""
+    from datasets import config, load_dataset
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    reached = False
+    with contextlib.suppress(Exception):  # asked once: `load_dataset` asks six times, for half a minute
+        with contextlib.suppress(HfHubHTTPError):  # it answers: `load_dataset` says what is wrong
+            HfApi().dataset_info(source, timeout=REACH_SECONDS)
+        reached = True
+    if reached:
+        return load_dataset(source)
+    before, config.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE, True  # straight to what it keeps on disk
+    try:
+        return load_dataset(source)
+    except ConnectionError:
+        raise ConnectionError("the hub can't be reached") from None
+    finally:
+        config.HF_HUB_OFFLINE = before

@@ -19,6 +19,7 @@ from training.data import Corpus
 from training.distributed import Ranks
 from training.errors import ConfigError
 from training.loop import Progress, train_together
+from training.origin import put_weights
 from training.voice import Voice
 
 RUN_FILE = "run.json"
@@ -52,6 +53,7 @@ def train(
         parameter.requires_grad_(False)
     voices = []
     for number, job in enumerate(jobs):
+        put_weights(model, name_in_model(number), job.config, base)
         voice = Voice(model, name_in_model(number), job.config, job.corpus.train, job.corpus.valid)
         if ranks.first:
             _prepare(job.config, base, job.corpus)

@@ -30,6 +30,7 @@ from training.report import command
         (["--template", "Say {quote:>9}!"], "--template"),
         (["--prompt", "Elsewhere"], "--prompt 'Elsewhere' is not the beginning"),
         (["--resume", "--overwrite"], "give one of them"),
+        (["--init-digest", "0" * 64], "--init-digest says what --init-from holds: give that one, too"),
         (["--clip", "0"], "--clip is 0.0: give a number above 0"),
         (["--weight-decay", "-1"], "--weight-decay is -1.0: give 0 or more"),
         (["--max-tokens", "0"], "--max-tokens is 0"),

@@ -69,14 +69,35 @@ def test_unusable_rows_are_reported_by_line_and_reason(base: Base, tmp_path: Pat
     assert "tokens; the base takes 64" in corpus.skipped[5].detail
 
 
-def test_duplicates_never_straddle_a_split(base: Base, tmp_path: Path) -> None:
-    jsonl(tmp_path / "train.jsonl", [*GOOD, {"author": "A", "quote": "held"}])
+def test_splits_that_share_texts_are_refused_as_leaking(base: Base, tmp_path: Path) -> None:
+    jsonl(tmp_path / "train.jsonl", [*GOOD, {"author": "A", "quote": "held"}, {"author": "B", "quote": "Number 1"}])
     jsonl(tmp_path / "test.jsonl", [{"author": "A", "quote": "Number 2."}])
     jsonl(tmp_path / "heldout_authors.jsonl", [{"author": "Z", "quote": "Held!"}])
+    with pytest.raises(DataError) as caught:
+        load(base, tmp_path)
+    assert str(caught.value) == (
+        f"--data {tmp_path}: its splits leak, 2 of their texts are in two of them (train.jsonl:3 is the same text as "
+        "test.jsonl:1; train.jsonl:7 is the same text as heldout_authors.jsonl:1). Remove each from one of them, or "
+        "give one file with all rows: it is split without leaks"
+    )
+    jsonl(tmp_path / "heldout_authors.jsonl", [{"author": "Z", "quote": "nowhere else"}])
+    jsonl(tmp_path / "test.jsonl", [{"author": "A", "quote": "nor this"}])
     corpus = load(base, tmp_path)
-    assert {e.key for e in corpus.train + corpus.valid} == {f"number {n}" for n in (0, 1, 3, 4, 5)}
-    assert [e.key for e in corpus.test] == ["number 2"]
-    assert [(row.source, row.line) for row in corpus.skipped] == [("train.jsonl", 3), ("train.jsonl", 7)]
+    assert [(row.line, row.reason, row.detail) for row in corpus.skipped] == [
+        (8, "duplicate", "the same text as train.jsonl:2")
+    ]
+    assert [e.key for e in corpus.test] == ["nor this"]
+
+
+def test_one_split_is_one_file(base: Base, tmp_path: Path) -> None:
+    for name in ("train", "valid", "dev"):
+        jsonl(tmp_path / f"{name}.jsonl", GOOD)
+    with pytest.raises(DataError, match=r"dev.jsonl and valid.jsonl are one split; keep one of them"):
+        load(base, tmp_path)
+    (tmp_path / "valid.jsonl").unlink()
+    (tmp_path / "dev.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"dev.jsonl: is empty"):
+        load(base, tmp_path)
 
 
 def test_filters_and_columns(base: Base, tmp_path: Path) -> None:
@@ -103,13 +124,14 @@ def test_examples_end_in_eos_and_know_their_prompt(base: Base, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("rows", "settings", "message"),
     [
-        ([], {}, "no usable row"),
+        ([], {}, "data.jsonl: is empty"),
         (["nonsense"], {}, "no usable row; data.jsonl line 1: not valid JSON"),
         ([{"quote": "a"}], {}, "no column 'author'; it has 'quote'"),
         ([{"author": "A", "quotes": "a"}], {}, "--column quote=quotes"),
         ([{"author": "", "quote": "a"}], {}, "left out: 1 missing field"),
         (GOOD, {"max_chars": 2}, "left out: 6 by --max-chars"),
         (GOOD, {"authors": ("a",)}, "--author 'a': no row of"),
+        ([*GOOD, {"quote": "nobody's"}], {"authors": ("None",)}, "nearest: 'A' (6 rows)"),
         (GOOD[:2], {}, "2 usable rows; give at least 3"),
     ],
 )
@@ -119,13 +141,35 @@ def test_a_file_without_usable_rows_is_an_error(rows, settings, message: str, ba
     assert message in str(caught.value)
 
 
-def test_other_encodings_and_formats_are_named(base: Base, tmp_path: Path) -> None:
-    (tmp_path / "latin.csv").write_bytes("author,quote\nA,d\xe9j\xe0 vu\n".encode("latin1"))
-    with pytest.raises(DataError, match="line 2 is not UTF-8"):
-        load(base, tmp_path / "latin.csv")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"\xef\xbb\xbf\n", "is empty"),
+        (b"author,quote\n", r"has a header \(author, quote\) and no rows"),
+        (b"author;quote\nA;b\n", "columns are separated by ';', not by ','; save it with commas"),
+        ("author,quote\nA,d\u00e9j\u00e0\n".encode("latin1"), r"line 2 is not UTF-8 \(byte 0xe9, 'é' if.*-f LATIN1"),
+        ("author,quote\nA,\u201chi\u201d\n".encode("cp1252"), r"line 2 is not UTF-8 \(byte 0x93, '“'.*WINDOWS-1252"),
+        ("author,quote\nA,b\n".encode("utf-16"), "is UTF-16, not UTF-8; .*iconv -f UTF-16 -t UTF-8 data.csv"),
+        ("author,quote\nA,b\n".encode("utf-16-be"), "is UTF-16BE, not UTF-8"),
+        ("author,quote\nA,b\n".encode("utf-32"), "is UTF-32, not UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_table_of_utf8_is_told_what_it_is(
+    content: bytes, message: str, base: Base, tmp_path: Path
+) -> None:
+    (tmp_path / "data.csv").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load(base, tmp_path / "data.csv")
+
+
+def test_other_formats_are_named(base: Base, tmp_path: Path) -> None:
     (tmp_path / "data.xlsx").write_bytes(b"PK")
     with pytest.raises(DataError, match=r"can't tell the format.*\.jsonl"):
         load(base, tmp_path / "data.xlsx")
+    pyarrow.parquet.write_table(pyarrow.table({"author": [], "quote": []}), tmp_path / "data.parquet")
+    with pytest.raises(DataError, match=r"data.parquet: has no rows"):
+        load(base, tmp_path / "data.parquet")
 
 
 def test_a_base_that_is_no_gpt2_is_refused(tmp_path: Path) -> None:
@@ -136,21 +180,21 @@ def test_a_base_that_is_no_gpt2_is_refused(tmp_path: Path) -> None:
         open_base(str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--model", "openai-community/gpt2-medium"], "the hub can't be reached"),
-        (["--data", "someone/quotes"], "no data set of this id could be loaded from the hub"),
-    ],
-)
-def test_an_unreachable_hub_is_told_with_the_way_out(flags: list[str], message: str, tmp_path: Path) -> None:
+def test_an_unreachable_hub_is_told_with_the_way_out(tmp_path: Path) -> None:
     """In a process of its own: the hub's address is read once, at import."""
     environment = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hf")}
+    script = "import json, sys; from training.__main__ import main; sys.exit(sum(map(main, json.loads(sys.argv[1]))))"
+    run = ["--name", "x", "--output", str(tmp_path / "out")]
+    runs = [[*run, "--model", "openai-community/gpt2-medium"], [*run, "--data", "someone/quotes"]]
     done = subprocess.run(
-        [sys.executable, "-m", "training", "--name", "x", "--output", str(tmp_path / "out"), *flags],
+        [sys.executable, "-c", script, json.dumps(runs)],
         env=environment, capture_output=True, text=True, timeout=240, cwd=Path(__file__).parents[2],
     )  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    last = done.stderr.strip().splitlines()[-1]
-    assert message in last
-    assert "leave --model out" in last or "leave --data out" in last
+    assert done.returncode == 4, done.stderr
+    of_model, of_data = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert "the hub can't be reached" in of_model
+    assert "leave --model out" in of_model
+    assert "no data set of this id could be loaded from the hub" in of_data
+    assert "the hub can't be reached" in of_data
+    assert "leave --data out" in of_data
+    assert "Retrying" not in done.stderr, "nobody waits for half a minute to be told"
