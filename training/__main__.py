@@ -6,15 +6,20 @@ from collections.abc import Sequence
 
 from training.cli import parse_args
 from training.errors import GateFailed, TrainingError
+from training.launcher import INTERRUPTED, speaking_once
 
 # Command -> the module whose `main(argv)` it is. Imported late: flags are checked before torch takes its seconds.
-COMMANDS = {"choir": "training.choir"}
+COMMANDS = {"choir": "training.choir", "search": "training.search"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The exit status: 0; 2 for what the user can mend, with one line that says what; 3 for an adapter that failed its
     gate; 130 if interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    return speaking_once(lambda: _main(arguments))
+
+
+def _main(arguments: list[str]) -> int:
     try:
         if arguments and arguments[0] in COMMANDS:
             importlib.import_module(COMMANDS[arguments[0]]).main(arguments[1:])
@@ -34,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     return 0
 
 

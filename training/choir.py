@@ -117,5 +117,5 @@ def _parser() -> argparse.ArgumentParser:
                         help="at most N voices: those with the most rows")  # fmt: skip
     parser.add_argument("--together", type=int, default=TOGETHER, metavar="N",
                         help="voices in one pass; fewer need less memory (default: %(default)s)")  # fmt: skip
-    add_flags(parser, leave_out=("limit",))
+    add_flags(parser, leave_out=("limit", "ensure"))
     return parser

@@ -11,7 +11,8 @@ from training.config import TrainConfig
 from training.data import load_corpus
 from training.distributed import Ranks, join
 from training.errors import ConfigError, DataError, GateFailed, TrainingError
-from training.output import check_output
+from training.origin import pinned
+from training.output import RUN_FILE, check_output
 from training.recipe import RECIPE_FILE, read_recipe
 from training.run import finish, keep_heap, quiet, resolved, told
 from training.sources import RawRow, read_source
@@ -24,17 +25,16 @@ def run_choir(config: TrainConfig, by: str, minimum: int, limit: int | None, tog
     ranks = join(config.device)
     outcome = Outcome()
     try:
-        base = open_base(config.model)
-        config = resolved(config, ranks)
-        raw = read_source(config.data)
-        found = groups(config, by, raw, minimum)[:limit]
+        base = ranks.everywhere(lambda: open_base(config.model))
+        config = ranks.everywhere(lambda: pinned(resolved(config, ranks), base))
+        raw = ranks.everywhere(lambda: read_source(config.data))
+        found = ranks.everywhere(lambda: groups(config, by, raw, minimum)[:limit])
         voices = configs(config, by, [value for value, _ in found])
-        voices = _wanted(voices, outcome)
+        voices = ranks.first_does(lambda: _wanted(voices, outcome))
         jobs = _jobs(voices, base, raw, minimum, outcome)
-        ranks.wait()  # all have seen what is there before anything is written
         if ranks.first:
             print(f"{config.data}: {len(found)} voices by {by}; {len(jobs)} to train", flush=True)
-        weights = base.load() if jobs else None
+        weights = ranks.everywhere(base.load) if jobs else None
         for start in range(0, len(jobs), together):
             _batch(jobs[start : start + together], base, weights, ranks, outcome)
     finally:
@@ -80,7 +80,8 @@ def _wanted(voices: Mapping[str, TrainConfig], outcome: Outcome) -> dict[str, Tr
             else:
                 outcome.failed[name] = f"{config.folder} was made by another recipe; --overwrite replaces it"
         else:
-            wanted[name] = replace(config, resume=config.resume and config.partial.exists())
+            check_output(config)
+            wanted[name] = replace(config, resume=config.resume and (config.partial / RUN_FILE).is_file())
     return wanted
 
 
@@ -96,7 +97,6 @@ def _jobs(
     jobs = []
     for name, config in voices.items():
         try:
-            check_output(config)
             corpus = load_corpus(config, base, raw)
             usable = len(corpus.train) + len(corpus.valid) + len(corpus.test)
             if usable < minimum:

@@ -127,6 +127,8 @@ def add_flags(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) ->
     add(run, "device", "--device", "auto: a GPU if there is one", choices=DEVICES)
     add(run, "resume", "--resume", "go on from the last checkpoint of an unfinished run", action="store_true")
     add(run, "overwrite", "--overwrite", "replace an adapter or an unfinished run of this name", action="store_true")
+    add(run, "ensure", "--ensure", "for jobs that are restarted: start, go on with the unfinished run, or do nothing "
+        "if the adapter is there", action="store_true")  # fmt: skip
     judge = parser.add_argument_group("judging")
     add(judge, "eval_samples", "--eval-samples", "samples per prompt form for the report's rates", type=int,
         metavar="N")  # fmt: skip

@@ -18,7 +18,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 DEVICES = ("auto", "cpu", "cuda")
 NAME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 # What doesn't change the weights, and so belongs to a run but not to its recipe.
-_OF_THE_RUN = ("resume", "overwrite", "output", "device", "gate")
+_OF_THE_RUN = ("resume", "overwrite", "ensure", "output", "device", "gate")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class TrainConfig:
     gate: dict[str, float] | None = None  # figure -> what it has to reach; None: everything is published
     resume: bool = False
     overwrite: bool = False
+    ensure: bool = False
 
     def __post_init__(self) -> None:
         if not NAME_PATTERN.fullmatch(self.name):
@@ -93,6 +94,10 @@ class TrainConfig:
             raise ConfigError("--init-digest says what --init-from holds: give that one, too")
         if self.resume and self.overwrite:
             raise ConfigError("--resume goes on with a run and --overwrite starts anew: give one of them")
+        if self.ensure and (self.resume or self.overwrite):
+            raise ConfigError(
+                "--ensure resumes by itself and never overwrites: give it without --resume and --overwrite"
+            )
         self.parsed_template()
 
     def parsed_template(self) -> Template:

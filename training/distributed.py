@@ -1,17 +1,20 @@
 """The processes that share a run: one, or as many as `torchrun` or `accelerate launch` started.
 
-Each takes every world-th row of a batch and all add up their gradients, so that all take the same step.
+Each takes every world-th row of a batch and all add up their gradients, so that all take the same step. What goes wrong
+on one of them is raised on all, so that none waits for another that has ended.
 """
 
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 
-from training.errors import ConfigError
+from training.errors import ConfigError, TrainingError
+from training.launcher import launched
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,32 @@ class Ranks:
         if self.world > 1:
             distributed.barrier()
 
+    def everywhere(self, work: Callable[[], T]) -> T:
+        """Do `work` on every process. If it raises a TrainingError or OSError on one, that is raised on all."""
+        try:
+            result, error = work(), None
+        except (TrainingError, OSError) as raised:
+            result, error = None, raised
+        for other in self._all(error):
+            if other is not None:
+                raise other
+        return result  # type: ignore[return-value]
+
+    def first_does(self, work: Callable[[], T]) -> T:
+        """Do `work` on the first process; all get what it returns or raises."""
+        return self._all(self.everywhere(lambda: work() if self.first else None))[0]
+
+    def agree(self, value: object, otherwise: str) -> None:
+        """Raises ConfigError(otherwise) on all processes unless `value` is the same on all."""
+        if any(other != value for other in self._all(value)):
+            raise ConfigError(otherwise)
+
+    def _all(self, value: Any) -> list[Any]:
+        values = [value] * self.world
+        if self.world > 1:
+            distributed.all_gather_object(values, value)
+        return values
+
     def leave(self) -> None:
         """End the group; no other call may follow."""
         if self.world > 1:
@@ -52,7 +81,7 @@ def join(device: str = "auto") -> Ranks:
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch finds no GPU here; --device cpu trains without one")
     cpu = device == "cpu" or not torch.cuda.is_available()
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched()[1] == 1:
         return Ranks(torch.device("cpu" if cpu else "cuda"))
     from accelerate import PartialState  # it knows the launchers' environment and each device's backend
 

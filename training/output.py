@@ -2,12 +2,25 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from training.config import TrainConfig
 from training.errors import ConfigError
 
+RUN_FILE = "run.json"  # what the unfinished run in a folder is
 REPLACED = "replaced"  # in the run's own folder, for as long as replacing takes
+
+
+def settled(config: TrainConfig) -> TrainConfig | None:
+    """The configuration with --ensure made --resume or --overwrite; None: the adapter is there. Raises ConfigError."""
+    if config.ensure:
+        if config.folder.exists():
+            return None
+        unfinished = (config.partial / RUN_FILE).is_file()
+        config = replace(config, ensure=False, resume=unfinished, overwrite=not unfinished)
+    check_output(config)
+    return config
 
 
 def check_output(config: TrainConfig) -> None:

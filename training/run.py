@@ -17,7 +17,7 @@ from training.distributed import Ranks, faster_dtype, join
 from training.errors import TrainingError
 from training.evaluate import Evaluation, evaluate
 from training.origin import pinned
-from training.output import check_output, fresh_folder, publish
+from training.output import fresh_folder, publish, settled
 from training.recipe import write_recipe
 from training.train import Job, save_adapter, train
 from training.voice import Voice
@@ -30,14 +30,16 @@ def run(config: TrainConfig) -> None:
     keep_heap()
     ranks = join(config.device)
     try:
-        if ranks.first:
-            check_output(config)
-        base = open_base(config.model)
-        config = pinned(resolved(config, ranks), base)
-        job = Job(config, load_corpus(config, base))
+        todo = ranks.first_does(lambda: settled(config))
+        if todo is None:
+            print(f"{config.folder} is there already: nothing to do")
+            return
+        base = ranks.everywhere(lambda: open_base(todo.model))
+        config = ranks.everywhere(lambda: pinned(resolved(todo, ranks), base))
+        job = Job(config, ranks.everywhere(lambda: load_corpus(config, base)))
         if ranks.first:
             print(summary(config, job.corpus), flush=True)
-        model, (voice,) = train(base, base.load(), [job], ranks, told if ranks.first else quiet)
+        model, (voice,) = train(base, ranks.everywhere(base.load), [job], ranks, told if ranks.first else quiet)
     finally:
         ranks.leave()
     if voice.failed:

@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,8 @@ from training.distributed import Ranks
 from training.errors import ConfigError
 from training.loop import Progress, train_together
 from training.origin import put_weights
+from training.output import RUN_FILE
 from training.voice import Voice
-
-RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,11 @@ def train(
     for number, job in enumerate(jobs):
         put_weights(model, name_in_model(number), job.config, base)
         voice = Voice(model, name_in_model(number), job.config, job.corpus.train, job.corpus.valid)
-        if ranks.first:
-            _prepare(job.config, base, job.corpus)
-        ranks.wait()
-        voice.load(job.config.partial)
+        texts = _texts_sha256(job.corpus)
+        ranks.first_does(partial(_prepare, job.config, base, texts))
+        ranks.everywhere(partial(voice.load, job.config.partial))
+        ranks.agree((texts, voice.history.steps), "the processes see other data or checkpoints: give all one --data "
+                    "and one --output folder")  # fmt: skip
         voices.append(voice)
     dtype = getattr(torch, jobs[0].config.dtype)
     train_together(model, voices, ranks, dtype, [job.config.partial for job in jobs], progress)
@@ -99,9 +100,12 @@ def _lora(config: TrainConfig) -> LoraConfig:
     )
 
 
-def _prepare(config: TrainConfig, base: Base, corpus: Corpus) -> None:
+def _texts_sha256(corpus: Corpus) -> str:
+    return hashlib.sha256(json.dumps([example.token_ids for example in corpus.train]).encode()).hexdigest()
+
+
+def _prepare(config: TrainConfig, base: Base, texts: str) -> None:
     """Set up `config.partial`, or check that the unfinished run in it is this one."""
-    texts = hashlib.sha256(json.dumps([example.token_ids for example in corpus.train]).encode()).hexdigest()
     recorded = config.recorded() | {"base_sha256": base.weights_sha256(), "texts_sha256": texts}
     recorded = json.loads(json.dumps(recorded))  # as it reads back
     file = config.partial / RUN_FILE
