@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import ConfigError
+from training.gate import check_gate
 from training.template import Template
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,6 +91,7 @@ class TrainConfig:
             raise ConfigError(f"--targets {','.join(self.targets)!r}: choose some of {', '.join(TARGETS)}")
         if self.resume and self.overwrite:
             raise ConfigError("--resume goes on with a run and --overwrite starts anew: give one of them")
+        check_gate(self.gate or {})
         self.parsed_template()
 
     def parsed_template(self) -> Template:
