@@ -1,6 +1,7 @@
 """report.html: one adapter beside its base, as a page for people. It holds all it shows and asks no other host."""
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,9 @@ def render(template: str, **values: Any) -> str:
         loader=PackageLoader("training"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
-    environment.filters |= {"figure": figure, "number": number, "share": share, "address": quote}
+    environment.filters |= {
+        "figure": figure, "share": share, "address": quote, "squeezed": squeezed, "setting": setting,
+    }  # fmt: skip
     environment.globals |= {"labels": LABELS, "set_names": SETS, "form_names": FORMS}
     return environment.get_template(template).render(**values)
 
@@ -86,6 +89,20 @@ def number(value: Any) -> float | None:
     if isinstance(value, Mapping):
         return number(value.get("value"))
     return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def squeezed(text: str) -> str:
+    """A sample without empty lines."""
+    return re.sub(r"\s*\n\s*", "\n", text.strip())
+
+
+def setting(value: Any) -> str:
+    """A setting as a person writes it."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name}={of}" for name, of in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _row(report: Mapping[str, Any], metric: str, prompts: str) -> Mapping[str, Any] | None:

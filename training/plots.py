@@ -47,12 +47,16 @@ def lengths(training: Sequence[int], base: Sequence[int], adapter: Sequence[int]
             return [100 / len(values)] * len(values)
 
         filled = {"histtype": "stepfilled", "color": _REAL, "alpha": 0.45, "label": "training texts"}
-        axes.hist(training, bins=edges, weights=weights(training), **filled)
+        tops = [max(axes.hist(training, bins=edges, weights=weights(training), **filled)[0])]
         for values, colour, label in ((base, _BASE, "base"), (adapter, _ADAPTER, "adapter")):
             line = {"histtype": "step", "color": colour, "linewidth": 1.8, "label": label}
-            axes.hist(values, bins=edges, weights=weights(values), **line)
+            tops.append(max(axes.hist(values, bins=edges, weights=weights(values), **line)[0]))
+        room = 1.35 * max(tops[0], tops[2])
+        if tops[1] > room:  # most of the base's samples run to the limit: the rest is to be seen, too
+            axes.set_ylim(0, room)
+            axes.annotate(f"base: {tops[1]:.0f} %", (max(base), room), (0, -9), textcoords="offset points", ha="right")
         axes.set(xlabel="tokens", ylabel="% of texts")
-        axes.legend()
+        axes.legend(loc="upper right" if max(tops[0], tops[2]) > tops[1] else "upper left")
 
     return _svg(draw, "Lengths of training texts and of samples by base and adapter, in tokens")
 
