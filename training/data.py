@@ -77,7 +77,9 @@ def load_corpus(config: TrainConfig, base: Base) -> Corpus:
     for split in _ORDER:
         # Filters choose what is learned; the authors held out are for prompts that it has never seen.
         filters = split != "heldout_authors"
-        splits[split] = list(_examples(split, raw.get(split, ()), config, template, columns, base, corpus, seen, filters))
+        splits[split] = list(
+            _examples(split, raw.get(split, ()), config, template, columns, base, corpus, seen, filters)
+        )
     _split(corpus, splits, config)
     own = [normalised(written(template, row.fields)) for rows in splits.values() for row in rows]
     corpus.contrast = gather(config, corpus.others, own)

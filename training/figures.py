@@ -85,7 +85,9 @@ def distance(a: Sequence[int], b: Sequence[int]) -> float:
 
 def quantiles(lengths: Sequence[int]) -> dict[str, float]:
     """The quantiles of QUANTILES, in per cent."""
-    return {f"p{q}": round(float(value), 1) for q, value in zip(QUANTILES, np.percentile(lengths, QUANTILES), strict=True)}
+    return {
+        f"p{q}": round(float(value), 1) for q, value in zip(QUANTILES, np.percentile(lengths, QUANTILES), strict=True)
+    }
 
 
 def value_of(figure: float | Rate | Interval) -> float:
@@ -103,5 +105,6 @@ def reference(texts: Sequence[str], memory: Memory | None) -> Mapping[str, float
             "overlap_rate": round(sum(run >= OVERLAP_WORDS for run in runs) / len(runs), 4),
             "longest_overlap": max(runs),
             "mean_overlap": round(sum(runs) / len(runs), 2),
+            "copy_rate": round(sum(map(memory.copied, words)) / len(words), 4),
         }
     return {name: value for name, value in found.items() if math.isfinite(value)}

@@ -30,19 +30,13 @@ _HEADLINES = ("perplexity", "eos_rate", "format_rate", "style_rate", "copy_rate"
 
 def write_html(folder: Path, report: Mapping[str, Any], history: History, evaluation: Evaluation) -> None:
     """Write report.html from what report.json holds and the lengths of all samples."""
-    drawn = [
-        {
-            "prompts": of.prompts,
-            "form": of.form,
-            "svg": Markup(
-                plots.lengths(of.training_lengths, [s.tokens for s in of.base], [s.tokens for s in of.adapter])
-            ),
-        }
-        for of in evaluation.sampled
-        if of.form == "punctuated"
-    ]
     present = list(dict.fromkeys(row["prompts"] for row in report["rows"]))
     own = "test" if "test" in present else next(iter(present), "")
+    drawn = [
+        plots.lengths(of.training_lengths, [s.tokens for s in of.base], [s.tokens for s in of.adapter])
+        for of in evaluation.sampled
+        if (of.prompts, of.form) == (own, "punctuated")
+    ]
     html = render(
         "report.html",
         report=report,
@@ -50,7 +44,7 @@ def write_html(folder: Path, report: Mapping[str, Any], history: History, evalua
         own=own,
         headlines=[row for m in _HEADLINES if (row := _row(report, m, own)) is not None],
         loss=Markup(plots.loss_curve(history.train, history.valid, history.kept_step)),
-        lengths=sorted(drawn, key=lambda plot: plot["prompts"] != own),
+        lengths=[Markup(plot) for plot in drawn],
         recipe={k: v for k, v in report["config"].items() if v not in (None, [], {})},
     )
     (folder / REPORT_FILE).write_text(html, encoding="utf-8")

@@ -10,8 +10,8 @@ SEED = 4
 NEAR = 0.9
 NEAR_WORDS = 8
 COPY = (
-    f"a sample that is, in its letters and digits, a training text; or, where both have {NEAR_WORDS} words or more, shares a "
-    f"subsequence of words with one that makes up more than {NEAR:.0%} of the words of both together"
+    f"a sample that is, in its letters and digits, a training text; or, where both have {NEAR_WORDS} words or more, "
+    f"shares a subsequence of words with one that makes up more than {NEAR:.0%} of the words of both together"
 )
 
 

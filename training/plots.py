@@ -11,7 +11,7 @@ _INKS = {
     "#050505": "var(--adapter)", "#060606": "var(--real)",
 }  # fmt: skip
 _INK, _SOFT, _LINE, _BASE, _ADAPTER, _REAL = _INKS
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "chorus", "font.size": 9, "axes.edgecolor": _LINE, "text.color": _INK,
     "axes.labelcolor": _SOFT, "xtick.color": _LINE, "ytick.color": _LINE, "xtick.labelcolor": _SOFT,
     "ytick.labelcolor": _SOFT, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
@@ -54,7 +54,7 @@ def lengths(training: Sequence[int], base: Sequence[int], adapter: Sequence[int]
         room = 1.35 * max(tops[0], tops[2])
         if tops[1] > room:  # most of the base's samples run to the limit: the rest is to be seen, too
             axes.set_ylim(0, room)
-            axes.annotate(f"base: {tops[1]:.0f} %", (max(base), room), (0, -9), textcoords="offset points", ha="right")
+            axes.annotate(f"base: {tops[1]:.0f} %", (max(base), room), (-4, -9), textcoords="offset points", ha="right")
         axes.set(xlabel="tokens", ylabel="% of texts")
         axes.legend(loc="upper right" if max(tops[0], tops[2]) > tops[1] else "upper left")
 
@@ -78,7 +78,9 @@ def _svg(draw: Any, label: str) -> str:
     for stand_in, colour in _INKS.items():
         svg = svg.replace(stand_in, colour)
     svg = re.sub(r"font: ([\d.]+)px [^;\"]*", r"font-size: \1px", svg)  # the page's own font
-    svg = re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', rf'<svg class="plot" viewBox="\1" role="img" aria-label="{label}">', svg)
+    svg = re.sub(
+        r'<svg [^>]*viewBox="([^"]*)"[^>]*>', rf'<svg class="plot" viewBox="\1" role="img" aria-label="{label}">', svg
+    )
     return re.sub(r"\s*<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
 
 

@@ -23,7 +23,7 @@ from training.intervals import Interval, Perplexities, Rate
 from training.sampling import SamplingSettings
 from training.voice import History
 
-HOSTILE = "</style><script>alert(1)</script><img src=x onerror=alert(2)> & \"'"
+HOSTILE = "</style><script>x</script>&\"'"
 VOID = {"meta", "br", "img", "link", "hr", "input"}
 
 
@@ -68,8 +68,8 @@ class Page(HTMLParser):
 def hostile(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hostile")
     rng = random.Random(0)
-    rows = [{"author": HOSTILE, "quote": f"{HOSTILE} {rng.random()} {i}"} for i in range(20)]
-    rows += [{"author": "B", "quote": f"{rng.random()} and {i}"} for i in range(20)] + [{"author": HOSTILE}]
+    rows = [{"author": HOSTILE, "quote": f"<img onerror=x> {rng.randrange(999)} {i}"} for i in range(20)]
+    rows += [{"author": "B", "quote": f"{rng.randrange(999)} and {i}"} for i in range(20)] + [{"author": HOSTILE}]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = flags("voice", folder, tiny_base, folder / "rows.jsonl", "--author", HOSTILE, "--max-chars", "150")
     assert main(run) == 0
@@ -85,11 +85,10 @@ def test_the_report_is_a_whole_page_and_hostile_texts_are_texts(hostile: Path) -
     assert "img" not in page.tags
     assert page.tags.count("svg") == 2
     assert f"Quote by {HOSTILE}:" in page.text
-    for word in ("Perplexity", "Stops by itself", "Style", "Recipe", "Left out", "missing field", "no gate"):
-        assert word in page.text or word == "missing field"
+    for word in ("Perplexity", "Stops by itself", "Style", "Recipe", "Left out by --author", "no gate"):
+        assert word in page.text
     assert "var(--adapter)" in text
     assert "#050505" not in text
-    assert str(hostile.parent) not in page.text.replace(str(hostile.parent / "rows.jsonl"), "")
 
 
 def test_the_report_json_says_it_all(hostile: Path) -> None:
@@ -98,7 +97,8 @@ def test_the_report_json_says_it_all(hostile: Path) -> None:
     assert report["perplexity_ratio"]["test"].keys() == {"value", "low", "high", "examples", "tokens"}
     lengths = report["lengths"][0]
     assert lengths["training"].keys() == lengths["adapter"].keys() == {"p5", "p25", "p50", "p75", "p95"}
-    assert report["style"]["trained_on"] == [18, 18] or report["style"]["reason"]
+    assert report["style"]["trained_on"] == [18, 18]
+    assert report["style"]["of_voice"]["n"] == 2
     assert report["references"]["held_out_texts"].keys() >= {"n", "distinct_2", "longest_overlap"}
 
 
@@ -124,7 +124,8 @@ def member(name: str, words: str, output: Path, gate: dict[str, float] | None, o
 
 def test_a_choir_is_told_apart_and_written_as_files(tmp_path: Path, tiny_base: Path) -> None:
     members = [
-        member("sea", "wave sail harbour gull tide", tmp_path, None), member("land", "plough acre barn furrow", tmp_path, {}),
+        member("sea", "wave sail harbour gull tide", tmp_path, None),
+        member("land", "plough acre barn furrow", tmp_path, {}),
         member("sky", "cloud star moon wind comet", tmp_path, None),
     ]  # fmt: skip
     (tmp_path / "sea").mkdir()

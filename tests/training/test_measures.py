@@ -88,7 +88,10 @@ def test_figures() -> None:
     run = [f"w{i}" for i in range(OVERLAP_WORDS)]
     memory = Memory([" ".join(["x", *run, "y"]), "a b"])
     found = figures(
-        [Written(f'"{" ".join(run).upper()}"', 2, True, True), Written("a b a b", 4, False, False)], memory, [2, 2], None
+        [Written(f'"{" ".join(run).upper()}"', 2, True, True), Written("a b a b", 4, False, False)],
+        memory,
+        [2, 2],
+        None,
     )
     assert isinstance(found["eos_rate"], Rate)
     assert (found["eos_rate"].hits, found["eos_rate"].n) == (1, 2)
@@ -126,5 +129,5 @@ def test_perplexity_is_what_transformers_says(base: Base, quotes_file: Path) -> 
         ids = torch.tensor([example.token_ids])
         labels = ids.clone()
         labels[:, : example.prompt_length] = -100
-        assert total / count == pytest.approx(float(model(input_ids=ids, labels=labels).loss), rel=1e-4)
+        assert total / count == pytest.approx(model(input_ids=ids, labels=labels).loss.item(), rel=1e-4)
         assert count == len(example.token_ids) - example.prompt_length
