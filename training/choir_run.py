@@ -7,16 +7,20 @@ from typing import Any
 
 from training.base import Base, open_base
 from training.choir import Outcome, configs, groups
+from training.choir_report import HTML_FILE, write_choir
 from training.config import TrainConfig
 from training.data import load_corpus
 from training.distributed import Ranks, join
 from training.errors import ConfigError, DataError, GateFailed, TrainingError
+from training.evaluate import BaseCache, evaluate
+from training.gate import judge
 from training.origin import pinned
 from training.output import RUN_FILE, check_output
 from training.recipe import RECIPE_FILE, read_recipe
-from training.run import finish, keep_heap, quiet, resolved, told
+from training.report import history_of
+from training.run import Finished, finish, keep_heap, quiet, resolved, told
 from training.sources import RawRow, read_source
-from training.train import Job, train
+from training.train import Job, fresh, name_in_model, train
 
 
 def run_choir(config: TrainConfig, by: str, minimum: int, limit: int | None, together: int) -> Outcome:
@@ -30,59 +34,93 @@ def run_choir(config: TrainConfig, by: str, minimum: int, limit: int | None, tog
         raw = ranks.everywhere(lambda: read_source(config.data))
         found = ranks.everywhere(lambda: groups(config, by, raw, minimum)[:limit])
         voices = configs(config, by, [value for value, _ in found])
-        voices = ranks.first_does(lambda: _wanted(voices, outcome))
-        jobs = _jobs(voices, base, raw, minimum, outcome)
+        wanted, there = ranks.first_does(lambda: _wanted(voices, outcome))
+        jobs = _jobs(wanted, base, raw, minimum, outcome)
         if ranks.first:
             print(f"{config.data}: {len(found)} voices by {by}; {len(jobs)} to train", flush=True)
-        weights = ranks.everywhere(base.load) if jobs else None
+        weights = ranks.everywhere(base.load)
+        members: list[Finished] = []
+        cache = BaseCache()
         for start in range(0, len(jobs), together):
-            _batch(jobs[start : start + together], base, weights, ranks, outcome)
+            members += _batch(jobs[start : start + together], base, weights, ranks, outcome, cache)
+        if ranks.first:
+            members += _measured(_jobs(there, base, raw, minimum, outcome), base, weights, cache)
+            order = list(voices)
+            members.sort(key=lambda member: order.index(member.config.name))
+            print("\n" + write_choir(Path(config.output), base.name, members, list(outcome.failed.items())))
+            print(f"\nwrote {Path(config.output) / HTML_FILE}")
     finally:
         ranks.leave()
     return outcome
 
 
-def _batch(jobs: Sequence[Job], base: Base, weights: Any, ranks: Ranks, outcome: Outcome) -> None:
+def _batch(
+    jobs: Sequence[Job], base: Base, weights: Any, ranks: Ranks, outcome: Outcome, cache: BaseCache
+) -> list[Finished]:  # fmt: skip
     """Train some voices together, then measure and publish one after the other."""
     model, voices = train(base, weights, jobs, ranks, told if ranks.first else quiet)
+    members: list[Finished] = []
     for job, voice in zip(jobs, voices, strict=True):
         name = job.config.name
         if voice.failed:
             outcome.failed[name] = voice.failed
         elif ranks.first:
             try:
-                finish(job, voice, model, base)
+                members.append(finish(job, voice, model, base, cache))
                 outcome.published.append(name)
             except GateFailed as error:
+                members.append(error.finished)
                 outcome.rejected[name] = str(error)
             except (TrainingError, OSError) as error:
                 outcome.failed[name] = str(error)
     ranks.wait()
-    unloaded: Any = model
-    unloaded.unload()  # the adapters leave the base's modules, for the next ones
+    _unload(model)
+    return members
 
 
-def _wanted(voices: Mapping[str, TrainConfig], outcome: Outcome) -> dict[str, TrainConfig]:
-    """The voices that are still to be trained; each says for itself whether it goes on from a checkpoint."""
-    there = {name: c for name, c in voices.items() if c.folder.exists() or (c.partial.exists() and not c.resume)}
+def _measured(jobs: Sequence[Job], base: Base, weights: Any, cache: BaseCache) -> list[Finished]:
+    """The voices that were there before, measured again for the choir's table: same seeds, same samples."""
+    members = []
+    for job in jobs:
+        config = replace(job.config, init_from=str(job.config.folder), init_digest=None)
+        model: Any = fresh(weights, [pinned(config, base)], base)
+        evaluation = evaluate(model, name_in_model(0), base, job.corpus, job.config, cache)
+        history = history_of(job.config.folder)
+        members.append(Finished(job.config, job.corpus, history, evaluation, judge(job.config.gate, evaluation)))
+        _unload(model)
+    return members
+
+
+def _unload(model: Any) -> None:
+    """Take the adapters from the base's modules again, which the next ones share."""
+    model.unload()
+
+
+def _wanted(
+    voices: Mapping[str, TrainConfig], outcome: Outcome
+) -> tuple[dict[str, TrainConfig], dict[str, TrainConfig]]:
+    """The voices to be trained, each of which says whether it goes on from a checkpoint, and those that are there."""
+    found = {name: c for name, c in voices.items() if c.folder.exists() or (c.partial.exists() and not c.resume)}
     first = next(iter(voices.values()))
-    if there and not (first.resume or first.overwrite):
-        some = ", ".join(list(there)[:5]) + ", ..." * (len(there) > 5)
+    if found and not (first.resume or first.overwrite):
+        some = ", ".join(list(found)[:5]) + ", ..." * (len(found) > 5)
         raise ConfigError(
-            f"{len(there)} of the voices are in {first.output} ({some}): "
+            f"{len(found)} of the voices are in {first.output} ({some}): "
             "--resume to leave the finished ones and go on with the others, --overwrite to train them anew"
         )
     wanted: dict[str, TrainConfig] = {}
+    there: dict[str, TrainConfig] = {}
     for name, config in voices.items():
         if config.resume and config.folder.exists():
             if _recipe(config.folder) == config.recorded():
                 outcome.there_before.append(name)
+                there[name] = config
             else:
                 outcome.failed[name] = f"{config.folder} was made by another recipe; --overwrite replaces it"
         else:
             check_output(config)
             wanted[name] = replace(config, resume=config.resume and (config.partial / RUN_FILE).is_file())
-    return wanted
+    return wanted, there
 
 
 def _recipe(folder: Path) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import ConfigError
+from training.gate import check_gate
 from training.template import Template
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,6 +99,7 @@ class TrainConfig:
             raise ConfigError(
                 "--ensure resumes by itself and never overwrites: give it without --resume and --overwrite"
             )
+        check_gate(self.gate or {})
         self.parsed_template()
 
     def parsed_template(self) -> Template:

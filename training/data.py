@@ -6,7 +6,6 @@ comes in splits and has a text in two of them is refused: what is measured would
 
 import difflib
 import random
-import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,9 +13,11 @@ from typing import Any
 
 from training.base import Base
 from training.config import TrainConfig
+from training.contrast import Contrast, completion, gather, written
 from training.errors import DataError
 from training.sources import RawRow, read_source
 from training.template import Template, fill
+from training.texts import normalised, plain
 
 HELD_OUT_SHARE = 0.05
 MAX_HELD_OUT = 500
@@ -55,12 +56,15 @@ class Corpus:
     heldout_authors: list[Example] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     filtered: Counter[str] = field(default_factory=Counter)  # flag -> rows it left out
+    others: dict[str, list[str]] = field(default_factory=dict)  # split -> what --author and --tag left out
+    contrast: Contrast = field(default_factory=Contrast)  # what the style is told apart from
 
 
 def load_corpus(config: TrainConfig, base: Base, raw: Mapping[str, list[RawRow]] | None = None) -> Corpus:
     """Read, filter and encode the data. `raw`: its rows, where they have been read already.
 
-    Raises DataError if a column or an author isn't there, no row is usable, or splits share a text.
+    Raises DataError if a column or an author isn't there, no row is usable, splits share a text, or --contrast can't be
+    read.
     """
     raw = read_source(config.data) if raw is None else raw
     template = config.parsed_template()
@@ -75,17 +79,28 @@ def load_corpus(config: TrainConfig, base: Base, raw: Mapping[str, list[RawRow]]
     for split in _ORDER:
         # Filters choose what is learned; the authors held out are for prompts that it has never seen.
         filters = split != "heldout_authors"
-        splits[split] = list(_examples(raw.get(split, ()), config, template, columns, base, corpus, seen, filters))
+        splits[split] = list(
+            _examples(split, raw.get(split, ()), config, template, columns, base, corpus, seen, filters)
+        )
     _check_leaks(config, corpus)
     _split(corpus, splits, config)
+    own = [normalised(written(template, row.fields)) for rows in splits.values() for row in rows]
+    corpus.contrast = gather(config, corpus.others, own)
     return corpus
 
 
 def _examples(
-    rows: Iterable[RawRow], config: TrainConfig, template: Template, columns: Mapping[str, str], base: Base,
-    corpus: Corpus, seen: dict[str, RawRow], filters: bool,
+    split: str, rows: Iterable[RawRow], config: TrainConfig, template: Template, columns: Mapping[str, str],
+    base: Base, corpus: Corpus, seen: dict[str, RawRow], filters: bool,
 ) -> Iterable[Example]:  # fmt: skip
     bare = template.bare_prompt or template.prompt
+
+    def left_out(flag: str, row: RawRow) -> None:
+        corpus.filtered[flag] += 1
+        text = completion(config, template, row.values, columns)
+        if text:
+            corpus.others.setdefault(split, []).append(text)
+
     for row in rows:
 
         def skip(reason: str, detail: str = "", row: RawRow = row) -> None:
@@ -95,12 +110,12 @@ def _examples(
             skip("unreadable row", row.problem)
             continue
         if filters and config.authors and str(row.values.get(columns["author"])).strip() not in config.authors:
-            corpus.filtered["--author"] += 1
+            left_out("--author", row)
             continue
         if filters and config.tags and not set(config.tags) & tags_of(row.values.get(columns["tags"])):
-            corpus.filtered["--tag"] += 1
+            left_out("--tag", row)
             continue
-        values = {name: _string(row.values.get(columns[name])) for name in template.fields}
+        values = {name: plain(row.values.get(columns[name])) for name in template.fields}
         missing = [columns[name] for name, value in values.items() if not value]
         if missing:
             skip("missing field", f"{', '.join(missing)} is missing or empty")
@@ -155,11 +170,6 @@ def _common(ids: Sequence[int], prompt: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), len(prompt))
 
 
-def normalised(text: str) -> str:
-    """Lower case, letters and digits only: what two copies of one quote have in common."""
-    return " ".join(re.findall(r"\w+", text.lower().replace("'", "").replace("’", "")))
-
-
 def _check_columns(config: TrainConfig, columns: Mapping[str, str], raw: Mapping[str, list[RawRow]]) -> None:
     found = sorted({str(key) for rows in raw.values() for row in rows for key in row.values})
     if not found:
@@ -179,7 +189,7 @@ def _check_columns(config: TrainConfig, columns: Mapping[str, str], raw: Mapping
 
 def _check_authors(config: TrainConfig, column: str, raw: Mapping[str, list[RawRow]]) -> None:
     rows = [row for split, rows in raw.items() if split != "heldout_authors" for row in rows]
-    trainable = Counter(name for row in rows if (name := _string(row.values.get(column))))
+    trainable = Counter(name for row in rows if (name := plain(row.values.get(column))))
     for author in config.authors:
         if author not in trainable:
             by_fold = {name.casefold(): name for name in trainable}
@@ -207,12 +217,6 @@ def _no_rows(config: TrainConfig, corpus: Corpus) -> str:
     listed = ", ".join(f"{n} by {r}" if r.startswith("--") else f"{n} {r}" for r, n in reasons.most_common())
     first = next((f"; first: {s.source} line {s.line}: {s.detail or s.reason}" for s in corpus.skipped), "")
     return f"--data {config.data}: no usable row (left out: {listed or 'the source is empty'}){first}"
-
-
-def _string(value: Any) -> str:
-    if isinstance(value, str):
-        return value.strip()
-    return str(value) if isinstance(value, int | float) and not isinstance(value, bool) and value == value else ""
 
 
 def _encodable(values: Iterable[str]) -> bool:

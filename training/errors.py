@@ -7,6 +7,8 @@ TrainingError
 └── GateFailed    the adapter was trained, but isn't good enough to be published
 """
 
+from typing import Any
+
 
 class TrainingError(Exception):
     """Base of all; `python -m training` prints it and exits with status 2."""
@@ -26,3 +28,7 @@ class BaseError(TrainingError):
 
 class GateFailed(TrainingError):
     """The adapter was trained and kept aside: a figure isn't what its gate asks for; the exit status is 3."""
+
+    def __init__(self, message: str, finished: Any = None) -> None:
+        super().__init__(message)
+        self.finished = finished  # run.Finished: what was measured

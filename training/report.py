@@ -14,7 +14,10 @@ from peft import PeftModel
 from training.base import Base
 from training.config import TrainConfig, flag_of
 from training.data import Corpus
-from training.evaluate import METRICS, Evaluation, Rate, Shown
+from training.evaluate import Evaluation, Shown, lengths_of
+from training.figures import METRICS
+from training.gate import Verdict
+from training.intervals import Interval, Rate
 from training.sampling import greedy
 from training.template import fill
 from training.voice import History
@@ -26,9 +29,12 @@ _PACKAGES = ("torch", "transformers", "peft", "datasets", "tokenizers")
 
 
 def write_report(
-    folder: Path, config: TrainConfig, base: Base, corpus: Corpus, history: History, evaluation: Evaluation
-) -> None:
-    """Write report.json."""
+    folder: Path, config: TrainConfig, base: Base, corpus: Corpus, history: History, evaluation: Evaluation,
+    verdict: Verdict,
+) -> dict[str, Any]:  # fmt: skip
+    """Write report.json; the result is what it holds."""
+    measured = {row.metric for row in evaluation.rows}
+    style = evaluation.style
     report = {
         "format_version": FORMAT_VERSION,
         "name": config.name,
@@ -50,15 +56,36 @@ def write_report(
             "tokens_per_second": round(history.tokens_per_second),
             "attention_padding": round(history.padding, 4),
             "peak_memory_mb": round(history.peak_bytes / 2**20),
+            "train_loss": history.train,
             "valid_loss": history.valid,
         },
         "sampling": asdict(evaluation.settings),
-        "metrics": METRICS,
+        "gate": verdict.recorded() if verdict.checks else None,
+        "metrics": {metric: meaning for metric, meaning in METRICS.items() if metric in measured},
         "rows": [asdict(row) for row in evaluation.rows],
+        "perplexity_ratio": {
+            name: asdict(of.ratio) | {"examples": of.examples, "tokens": of.tokens}
+            for name, of in evaluation.perplexities.items()
+        },
+        "lengths": [lengths_of(sampled) for sampled in evaluation.sampled],
+        "style": {"reason": style} if isinstance(style, str) else asdict(style) | {"reason": None},
+        "references": evaluation.references,
         "samples": [asdict(shown) for shown in evaluation.shown],
         "versions": {package: version(package) for package in _PACKAGES},
     }
-    (folder / "report.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    text = json.dumps(report, indent=1, ensure_ascii=False)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    return json.loads(text)
+
+
+def history_of(folder: Path) -> History:
+    """What report.json in `folder` says of the run."""
+    of = json.loads((folder / "report.json").read_text(encoding="utf-8"))["training"]
+    train, valid = ([(int(step), float(loss)) for step, loss in of[name]] for name in ("train_loss", "valid_loss"))
+    return History(
+        train, valid, of["steps"], of["tokens"], of["seconds"], of["attention_padding"], of["peak_memory_mb"] * 2**20,
+        of["ended_by"], of["kept_step"],
+    )  # fmt: skip
 
 
 def write_golden(folder: Path, model: PeftModel, base: Base, corpus: Corpus, config: TrainConfig) -> None:
@@ -110,7 +137,8 @@ def write_card(folder: Path, config: TrainConfig, base: Base, corpus: Corpus, ev
         + f", {config.epochs:g} epochs, seed {config.seed}:", "",
         f"    {command(config)}", "",
         f"Samples: temperature {settings.temperature}, top-p {settings.top_p}, at most {settings.max_tokens} tokens. "
-        "Rates with Wilson's 95 % interval. Definitions and every setting are in `report.json`.", "",
+        "Rates with Wilson's 95 % interval, perplexities with the bootstrap's. Definitions and every setting are in "
+        "`report.json`; `report.html` shows it all.", "",
         "| prompts | form | metric | n | base | adapter |", "|---|---|---|---:|---:|---:|",
         *(
             f"| {row.prompts} | {row.form or ''} | {row.metric} | {row.n} "
@@ -176,8 +204,12 @@ def command(config: TrainConfig) -> str:
     return shlex.join(words)
 
 
-def _figure(value: float | Rate) -> str:
-    return f"{value:g}" if isinstance(value, float | int) else f"{value.value:.3f} ({value.low:.3f}-{value.high:.3f})"
+def _figure(value: float | Rate | Interval) -> str:
+    if isinstance(value, Rate):
+        return f"{value.value:.3f} ({value.low:.3f}-{value.high:.3f})"
+    if isinstance(value, Interval):
+        return f"{value.value:.5g} ({value.low:.4g}-{value.high:.4g})"
+    return f"{value:g}"
 
 
 def _one_line(text: str) -> str:

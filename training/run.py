@@ -4,7 +4,7 @@ import ctypes
 import warnings
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from peft import PeftModel
@@ -14,15 +14,28 @@ from training.base import Base, open_base
 from training.config import TrainConfig
 from training.data import Corpus, load_corpus
 from training.distributed import Ranks, faster_dtype, join
-from training.errors import TrainingError
-from training.evaluate import Evaluation, evaluate
+from training.errors import GateFailed, TrainingError
+from training.evaluate import BaseCache, Evaluation, evaluate
+from training.gate import Verdict, judge
+from training.html_report import write_html
 from training.origin import pinned
-from training.output import fresh_folder, publish, settled
+from training.output import fresh_folder, keep_aside, publish, settled
 from training.recipe import write_recipe
 from training.train import Job, save_adapter, train
-from training.voice import Voice
+from training.voice import History, Voice
 
 SKIPPED_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Finished:
+    """One adapter whose folder is written: published, or kept aside if it failed its gate."""
+
+    config: TrainConfig
+    corpus: Corpus
+    history: History
+    evaluation: Evaluation
+    verdict: Verdict
 
 
 def run(config: TrainConfig) -> None:
@@ -45,8 +58,8 @@ def run(config: TrainConfig) -> None:
     if voice.failed:
         raise TrainingError(voice.failed)
     if ranks.first:
-        evaluation = finish(job, voice, model, base)
-        print(report.side_by_side(evaluation))
+        finished = finish(job, voice, model, base)
+        print(report.side_by_side(finished.evaluation))
         print(f"\nwrote {config.folder}")
 
 
@@ -55,8 +68,12 @@ def resolved(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     return replace(config, dtype=faster_dtype(ranks.device)) if config.dtype == "auto" else config
 
 
-def finish(job: Job, voice: Voice, model: PeftModel, base: Base) -> Evaluation:
-    """Measure a trained voice beside the base, write its files and publish its folder."""
+def finish(job: Job, voice: Voice, model: PeftModel, base: Base, cache: BaseCache | None = None) -> Finished:
+    """Measure a trained voice beside the base, write its files and publish its folder.
+
+    `cache` is shared by the voices of one base. Raises GateFailed, which holds what was measured, if the folder was
+    kept aside instead.
+    """
     config, corpus, history = job.config, job.corpus, voice.history
     print(
         f"{config.name}: trained {history.steps} steps in {history.seconds:.0f} s ({history.tokens_per_second:,.0f} "
@@ -65,16 +82,23 @@ def finish(job: Job, voice: Voice, model: PeftModel, base: Base) -> Evaluation:
     typed: Any = model
     typed.set_adapter(voice.adapter)
     typed.requires_grad_(False)
-    evaluation = evaluate(model, voice.adapter, base, corpus, config)
+    evaluation = evaluate(model, voice.adapter, base, corpus, config, cache)
+    verdict = judge(config.gate, evaluation)
     folder = fresh_folder(config)
     save_adapter(model, voice.adapter, base, folder)
     write_recipe(folder, config)
-    report.write_report(folder, config, base, corpus, history, evaluation)
+    written = report.write_report(folder, config, base, corpus, history, evaluation, verdict)
     report.write_golden(folder, model, base, corpus, config)
     report.write_loss_curve(folder, config.name, history)
     report.write_card(folder, config, base, corpus, evaluation)
+    write_html(folder, written, history, evaluation)
+    finished = Finished(config, corpus, history, evaluation, verdict)
+    if not verdict.passed:
+        keep_aside(config)
+        said = "; ".join(map(str, verdict.failed))
+        raise GateFailed(f"{config.name} is not published: {said}. Its folder is {config.rejected}", finished)
     publish(config)
-    return evaluation
+    return finished
 
 
 def told(voice: Voice) -> None:

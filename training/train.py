@@ -41,19 +41,10 @@ def train(
     The voices come back in the order of the jobs, each done or `failed`; the model is in evaluation mode.
     Raises ConfigError if an unfinished run isn't this one, TrainingError if its checkpoint can't be read.
     """
-    model: Any = None
-    for number, job in enumerate(jobs):
-        set_seed(job.config.seed)  # each starts as it would alone
-        if model is None:
-            model = get_peft_model(weights, _lora(job.config), adapter_name=name_in_model(number))
-        else:
-            model.add_adapter(name_in_model(number), _lora(job.config))
-    model.to(ranks.device).eval()  # the forward pass draws its own dropout
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
+    model: Any = fresh(weights, [job.config for job in jobs], base)
+    model.to(ranks.device)
     voices = []
     for number, job in enumerate(jobs):
-        put_weights(model, name_in_model(number), job.config, base)
         voice = Voice(model, name_in_model(number), job.config, job.corpus.train, job.corpus.valid)
         texts = _texts_sha256(job.corpus)
         ranks.first_does(partial(_prepare, job.config, base, texts))
@@ -64,6 +55,21 @@ def train(
     dtype = getattr(torch, jobs[0].config.dtype)
     train_together(model, voices, ranks, dtype, [job.config.partial for job in jobs], progress)
     return model, voices
+
+
+def fresh(weights: GPT2LMHeadModel, configs: Sequence[TrainConfig], base: Base) -> PeftModel:
+    """`weights`, frozen, with an adapter for each configuration, as it is before the first step."""
+    model: Any = None
+    for number, config in enumerate(configs):
+        set_seed(config.seed)  # each starts as it would alone
+        if model is None:
+            model = get_peft_model(weights, _lora(config), adapter_name=name_in_model(number))
+        else:
+            model.add_adapter(name_in_model(number), _lora(config))
+        put_weights(model, name_in_model(number), config, base)
+    model.eval()  # the forward pass draws its own dropout
+    model.requires_grad_(False)
+    return model
 
 
 def name_in_model(number: int) -> str:

@@ -3,7 +3,10 @@
 import { el, svg } from "./dom.js";
 
 const METRICS = { perplexity: "Perplexity", eos_rate: "EOS rate", format_rate: "Format rate" };
-const MORE = { ...METRICS, mean_tokens: "Mean tokens", distinct_2: "Distinct pairs", overlap_rate: "Copied" };
+const MORE = {
+  ...METRICS, style_rate: "Taken for the voice", mean_tokens: "Mean tokens", distinct_2: "Distinct pairs",
+  overlap_rate: "Eight words copied", copy_rate: "Copies",
+};
 const PROMPTS = { test: "Held-out texts", heldout_authors: "Unseen authors" };
 const NOT_A_NUMBER = "–";
 
@@ -27,7 +30,7 @@ function cell(metric, row, side, most) {
 
 /** `more`: the rows that are not for the first look. */
 function table(report, prompts, more) {
-  const plain = (row) => row.metric in METRICS && row.form !== "bare";
+  const plain = (row) => (row.metric in METRICS || row.metric === "style_rate") && row.form !== "bare";
   const own = (row) => row?.prompts === prompts && row.metric in MORE && plain(row) !== more;
   const body = list(report.rows).filter(own).map((row) => {
     const [base, adapter] = [number(row.base) ?? 0, number(row.adapter) ?? 0];

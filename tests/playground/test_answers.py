@@ -92,6 +92,32 @@ def test_the_report_stands_beside_the_answer(visit, server: ServerProcess) -> No
     assert len(drawn.locator("polyline").get_attribute("points").split()) == len(losses)
 
 
+def test_figures_have_their_intervals(visit, server: ServerProcess) -> None:
+    """As `python -m training` writes them now; the bundled reports are older."""
+    record = httpx.get(f"{server.url}/v1/adapters/wilde").json()
+    rate = {"value": 0.4, "low": 0.286, "high": 0.526, "hits": 24, "n": 60}
+    record["report"]["rows"] = [
+        {"metric": "perplexity", "prompts": "test", "form": None, "n": 412, "seed": None,
+         "base": {"value": 130.6, "low": 93.8, "high": 196.0}, "adapter": {"value": 76.1, "low": 54.5, "high": 115.0}},
+        {"metric": "style_rate", "prompts": "test", "form": "punctuated", "n": 60, "seed": 1, "base": rate,
+         "adapter": rate},
+        {"metric": "longest_overlap", "prompts": "test", "form": "bare", "n": 60, "seed": 1, "base": 4, "adapter": 5},
+    ]  # fmt: skip
+    page = visit().page
+    page.route("**/v1/adapters/wilde", lambda r: r.fulfill(json=record))
+    page.route("**/v1/adapters?*", lambda r: r.fulfill(json={"data": [record], "has_more": False, "next": None}))
+    page.goto(link(server, ("wilde",)))
+    card = page.locator(".card[data-voice=wilde]")
+    card.get_by_text("Report").click()
+    perplexity = card.get_by_role("row", name="Perplexity").locator("td")
+    expect(perplexity.first).to_have_text("131")
+    expect(perplexity.last).to_have_text("76.1")
+    expect(perplexity.last).to_have_attribute("title", "54.5 to 115")
+    style = card.get_by_role("row", name="Taken for the voice").locator("td")
+    expect(style.last).to_have_text("40.0 %")
+    expect(style.last).to_have_attribute("title", "28.6 % to 52.6 %")
+
+
 @pytest.mark.parametrize("mode", ["sampled", "greedy"])
 def test_the_curl_snippet_gives_the_same_text(mode: str, visit, server: ServerProcess) -> None:
     page = visit().page

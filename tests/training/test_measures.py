@@ -1,15 +1,22 @@
 """Loss, sampling and rates against independent computations."""
 
-import math
+import random
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import GPT2LMHeadModel
 
 from training.base import Base
-from training.evaluate import OVERLAP_WORDS, Rate, figures
+from training.config import TrainConfig
+from training.data import load_corpus
+from training.evaluate import BaseCache, perplexity_losses
+from training.figures import METRICS, OVERLAP_WORDS, Written, distance, figures, quantiles
+from training.intervals import Rate
 from training.loss import TOKENS_PER_CHUNK, frozen_head_losses
+from training.memorisation import Memory
 from training.sampling import Sample, SamplingSettings, _choose, greedy, sample
 
 
@@ -76,18 +83,51 @@ def test_draws_follow_temperature_and_top_p() -> None:
     assert ((drawn[inside] - expected) ** 2 / expected).sum() < 13.8
 
 
-def test_wilson_intervals() -> None:
-    assert Rate.of(190, 200) == Rate(0.95, 0.9104, 0.9726)
-    assert Rate.of(0, 200).low == 0.0
-    assert Rate.of(200, 200).high == 1.0
-
-
 def test_figures() -> None:
-    run = tuple(f"w{i}" for i in range(OVERLAP_WORDS))
+    """Ten words of the first are a training text's; the second says nothing new and doesn't stop."""
+    run = [f"w{i}" for i in range(OVERLAP_WORDS)]
+    memory = Memory([" ".join(["x", *run, "y"]), "a b"])
     found = figures(
-        [Sample([1, 2], True), Sample([1, 2, 3, 4], False)], [" ".join(run), "a b a b"], [True, False], {run}
+        [Written(f'"{" ".join(run).upper()}"', 2, True, True), Written("a b a b", 4, False, False)],
+        memory,
+        [2, 2],
+        None,
     )
-    assert found["eos_rate"].value == found["format_rate"].value == found["overlap_rate"].value == 0.5
+    assert isinstance(found["eos_rate"], Rate)
+    assert (found["eos_rate"].hits, found["eos_rate"].n) == (1, 2)
+    assert found["eos_rate"] == found["format_rate"] == found["overlap_rate"] == Rate.of(1, 2)
     assert found["mean_tokens"] == 3
-    assert found["distinct_2"] == pytest.approx((OVERLAP_WORDS - 1 + 2) / (OVERLAP_WORDS - 1 + 3), abs=1e-4)
-    assert not math.isnan(found["distinct_2"])
+    assert found["length_distance"] == 0.5  # half of the samples are longer than every training text
+    words = OVERLAP_WORDS + 4
+    assert found["distinct_1"] == pytest.approx((OVERLAP_WORDS + 2) / words, abs=1e-4)
+    assert found["distinct_2"] == pytest.approx((OVERLAP_WORDS - 1 + 2) / (words - 2), abs=1e-4)
+    assert found["distinct_3"] == pytest.approx((OVERLAP_WORDS - 2 + 2) / (words - 4), abs=1e-4)
+    assert (found["longest_overlap"], found["mean_overlap"]) == (OVERLAP_WORDS, (OVERLAP_WORDS + 2) / 2)
+    assert found["copy_rate"] == Rate.of(0, 2)
+    assert set(found) | {"perplexity", "style_rate"} == set(METRICS)
+
+
+def test_distance_and_quantiles_of_lengths() -> None:
+    rng = random.Random(0)
+    a, b = [rng.randint(1, 30) for _ in range(50)], [rng.randint(5, 40) for _ in range(80)]
+    shares = [abs(sum(x <= t for x in a) / 50 - sum(x <= t for x in b) / 80) for t in range(41)]
+    assert distance(a, b) == pytest.approx(max(shares), abs=1e-4)
+    assert quantiles(range(101)) == {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95}
+
+
+def test_samples_of_the_base_are_drawn_once_for_all_that_share_them() -> None:
+    cache, drawn = BaseCache(), []
+    for key in ("a", "b", "a"):
+        assert cache.of(key, lambda key=key: drawn.append(key) or key.upper()) == key.upper()
+    assert drawn == ["a", "b"]
+
+
+def test_perplexity_is_what_transformers_says(base: Base, quotes_file: Path) -> None:
+    model = get_peft_model(base.load(), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)).eval()
+    examples = load_corpus(TrainConfig("x", data=str(quotes_file)), base).test
+    for example, (total, count) in zip(examples, perplexity_losses(model, examples, "default"), strict=True):
+        ids = torch.tensor([example.token_ids])
+        labels = ids.clone()
+        labels[:, : example.prompt_length] = -100
+        assert total / count == pytest.approx(model(input_ids=ids, labels=labels).loss.item(), rel=1e-4)
+        assert count == len(example.token_ids) - example.prompt_length

@@ -16,8 +16,8 @@ from training.__main__ import main
 from training.base import Base
 
 FILES = {
-    "adapter_config.json", "adapter_model.safetensors", "recipe.yaml", "report.json", "golden.json", "loss.png",
-    "README.md",
+    "adapter_config.json", "adapter_model.safetensors", "recipe.yaml", "report.json", "report.html", "golden.json",
+    "loss.png", "README.md",
 }  # fmt: skip
 
 
@@ -55,7 +55,8 @@ def test_the_report_shows_base_beside_adapter(trained: Path) -> None:
     assert {row["metric"] for row in report["rows"]} == set(report["metrics"])
     assert all(row["base"] is not None and row["adapter"] is not None for row in report["rows"])
     perplexity = next(row for row in report["rows"] if row["metric"] == "perplexity")
-    assert perplexity["adapter"] < perplexity["base"]
+    assert perplexity["adapter"]["value"] < perplexity["base"]["value"]
+    assert report["perplexity_ratio"]["test"]["high"] < 1
 
 
 def test_golden_tokens_are_peft_generates(trained: Path, tiny_base: Path, base: Base) -> None:
