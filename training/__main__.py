@@ -8,7 +8,13 @@ from training.cli import parse_args
 from training.errors import GateFailed, TrainingError
 
 # Command -> the module whose `main(argv)` it is. Imported late: flags are checked before torch takes its seconds.
-COMMANDS = {"choir": "training.choir"}
+COMMANDS = {
+    "choir": "training.choir",
+    "compare": "training.compare",
+    "evaluate": "training.evaluate_command",
+    "export": "training.export",
+    "push": "training.push",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
