@@ -9,7 +9,14 @@ from training.errors import GateFailed, TrainingError
 from training.launcher import INTERRUPTED, speaking_once
 
 # Command -> the module whose `main(argv)` it is. Imported late: flags are checked before torch takes its seconds.
-COMMANDS = {"choir": "training.choir", "search": "training.search"}
+COMMANDS = {
+    "choir": "training.choir",
+    "compare": "training.compare",
+    "evaluate": "training.evaluate_command",
+    "export": "training.export",
+    "push": "training.push",
+    "search": "training.search",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -45,7 +45,17 @@ def read_recipe(path: Path) -> dict[str, Any]:
             hint = f"; did you mean {near[0]}?" if near else f"; it may have {', '.join(types)}"
             raise ConfigError(f"--recipe {path}: there is no field {name!r}{hint}")
         recipe[name] = _typed(path, name, value, types[name])
-    return {name: resolved_path(value) if name in _PATHS and value else value for name, value in recipe.items()}
+    return _resolved(recipe)
+
+
+def known(file: Path, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what another version may have recorded in `file`: the fields that there are, checked as a recipe's."""
+    types = get_type_hints(TrainConfig)
+    return _resolved({name: _typed(file, name, value, types[name]) for name, value in values.items() if name in types})
+
+
+def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: resolved_path(value) if name in _PATHS and value else value for name, value in values.items()}
 
 
 def write_recipe(folder: Path, config: TrainConfig) -> None:
