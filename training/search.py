@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     trials, storage, tune = (arguments.pop(name) for name in ("trials", "storage", "tune"))
     if trials < 1:
         raise ConfigError(f"--trials is {trials}: give at least 1")
-    values = {"output": "runs/search"} | settings(arguments) | {"name": arguments.get("name", "search")}
+    values: dict[str, Any] = {"output": "runs/search", **settings(arguments), "name": arguments.get("name", "search")}
     search(TrainConfig(**values), space(tune), trials, storage)
 
 
