@@ -202,7 +202,8 @@ def shaped(args: argparse.Namespace, base: Base) -> tuple[GPT2LMHeadModel, Base]
     """Random weights at gpt2-medium's shape, and a base that says so; with --quick the base as it is."""
     if args.quick:
         return base.load(), base
-    config = GPT2Config(**MEDIUM, bos_token_id=base.eos, eos_token_id=base.eos)
+    sizes: dict[str, Any] = {**MEDIUM, "bos_token_id": base.eos, "eos_token_id": base.eos}
+    config = GPT2Config(**sizes)
     torch.manual_seed(0)
     return GPT2LMHeadModel(config), replace(base, config=config)
 
