@@ -99,10 +99,7 @@ def _linear(this: _Pass, place: int, layer: Any, x: torch.Tensor) -> torch.Tenso
         down, up = (m[lane.adapter].weight.to(this.dtype) for m in (layer.lora_A, layer.lora_B))  # [r, in], [out, r]
         if lane.dropout:
             part = part * _mask(lane, place, share.whole, share.mine, part)
-        up = layer.scaling[lane.adapter] * up.T  # [r, out]
-        if len(this.lanes) == 1:
-            return torch.addmm(y, part @ down.T, up)
-        deltas.append((part @ down.T) @ up)
+        deltas.append((part @ down.T) @ (layer.scaling[lane.adapter] * up.T))
     return y + torch.cat(deltas)
 
 
