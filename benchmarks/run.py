@@ -1,4 +1,4 @@
-"""`make bench`: a bounded selection of the benchmarks, about twenty-five minutes, rendered into benchmarks/results/.
+"""`make bench`: a bounded selection of the benchmarks, about thirty-five minutes, rendered into benchmarks/results/.
 
 llama.cpp is compared where `make llamacpp` has built it.
 
@@ -32,6 +32,7 @@ SELECTION: dict[str, list[str]] = {
     "server": ["--repeats", "3"],
     "llamacpp": [],
     "lifecycle": ["--cycles", "10000", "--names", "100", "10000"],
+    "training": [],
 }
 HARDWARE = ("cpu", "cores", "threads", "torch", "python", "commit")
 LIMIT_SECONDS = 900  # of one benchmark

@@ -31,7 +31,7 @@ def flags(output: Path, base: Path, data: Path, *more: str) -> list[str]:
 def launch(*command: str) -> "subprocess.CompletedProcess[str]":
     """Run a module or a script in two processes."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.run(
         [*launcher, *command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False
     )

@@ -1,0 +1,64 @@
+"""The search on a tiny base: counted, gone on with, and its best recipe trains."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from training.__main__ import main
+from training.errors import ConfigError
+from training.search import Choice, Range, space
+
+
+def flags(output: Path, base: Path, data: Path, *more: str) -> list[str]:
+    return [
+        "search", "--output", str(output), "--model", str(base), "--data", str(data), "--batch-size", "16",
+        "--max-tokens", "1000", "--tune", "rank=2,4", "--tune", "lr=1e-3..1e-2", "--tune", "dropout=",
+        "--tune", "targets=c_attn,c_attn+c_fc", "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+def test_a_search_goes_on_and_its_best_recipe_trains(
+    tiny_base: Path, quotes_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = flags(tmp_path, tiny_base, quotes_file)
+    assert main([*run, "--trials", "2"]) == 0
+    first = capsys.readouterr().out
+    assert [f"\ntrial   {n}" in first for n in range(3)] == [True, True, False]
+    assert main([*run, "--trials", "3"]) == 0
+    going_on, _, best = capsys.readouterr().out.partition("best first:")
+    assert [f"\ntrial   {n}" in going_on for n in range(4)] == [False, False, True, False]
+    losses = [float(line.split()[2]) for line in best.splitlines() if line.startswith("trial")]
+    assert len(losses) == 3
+    assert losses == sorted(losses)
+    assert [file.name for file in tmp_path.iterdir()] == ["search"]
+
+    assert main([*run, "--trials", "4", "--seed", "9"]) == 2
+    assert "holds another search (seed differ)" in capsys.readouterr().err
+    recipe = yaml.safe_load((tmp_path / "search" / "recipe.yaml").read_text())
+    assert recipe["rank"] in (2, 4)
+    assert recipe["targets"] in (["c_attn"], ["c_attn", "c_fc"])
+    more = ["--name", "best", "--output", str(tmp_path), "--eval-samples", "4"]
+    assert main(["--recipe", str(tmp_path / "search" / "recipe.yaml"), *more]) == 0
+    report = json.loads((tmp_path / "best" / "report.json").read_text())
+    assert report["training"]["valid_loss"][-1][1] == pytest.approx(losses[0], abs=1e-4), "the trial's loss again"
+
+
+def test_spaces() -> None:
+    assert space([])["lr"] == Range(3e-4, 1e-2, False)
+    assert space([])["rank"] == Choice(("4", "8", "16"))
+    assert space(["warmup=0..50"])["warmup"] == Range(0, 50, True)
+    assert "epochs" not in space(["epochs="])
+    for wrong in ("lr=5..1", "rank=a", "rank=0,1", "nosuch=1", "lr", "schedule=cosine..linear", "rslora=maybe"):
+        with pytest.raises(ConfigError):
+            space([wrong])
+
+
+def test_without_optuna_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    assert main(["search", "--output", str(tmp_path)]) == 2
+    assert "pip install 'chorus-serve[search]'" in capsys.readouterr().err
