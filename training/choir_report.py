@@ -7,15 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from training.config import TrainConfig
 from training.contrast import written
-from training.data import Corpus, Example
-from training.evaluate import Evaluation
+from training.data import Example
 from training.figures import value_of
-from training.gate import Verdict
 from training.html_report import render
+from training.run import Finished
 from training.style import LEAST_TEXTS, Classifier
-from training.voice import History
 
 FORMAT_VERSION = 1
 JSON_FILE, HTML_FILE = "choir.json", "choir.html"
@@ -24,17 +21,6 @@ _TABLE = (  # of the summary: head -> figure and side
     ("ppl base", ("perplexity", "base")), ("adapter", ("perplexity", "adapter")), ("eos", ("eos_rate", "adapter")),
     ("format", ("format_rate", "adapter")), ("style", ("style_rate", "adapter")), ("copies", ("copy_rate", "adapter")),
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Member:
-    """One voice of a choir, trained and measured: `run.Finished` is one."""
-
-    config: TrainConfig
-    corpus: Corpus
-    history: History
-    evaluation: Evaluation
-    verdict: Verdict
 
 
 @dataclass(frozen=True)
@@ -53,11 +39,11 @@ class Confusion:
     of_base: list[float]  # of the base's samples after each voice's prompts: the share taken for that voice
 
 
-def write_choir(output: Path, base: str, members: Sequence[Any], failed: Sequence[tuple[str, str]]) -> str:
+def write_choir(output: Path, base: str, members: Sequence[Finished], failed: Sequence[tuple[str, str]]) -> str:
     """Write choir.json and choir.html into `output`; the result is the summary as text, for a terminal.
 
-    `members` are voices (Member, or anything with its fields), published or kept aside; `failed` are those that were
-    never finished, as (name, reason).
+    `members` are the voices that were measured, published or kept aside by their gate (`GateFailed.finished`); `failed`
+    are those that never got there, as (name, reason).
     """
     voices = [_voice(member, output) for member in members]
     told = confusion(members)
@@ -103,7 +89,7 @@ def summary(report: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def confusion(members: Sequence[Any]) -> Confusion | str:
+def confusion(members: Sequence[Finished]) -> Confusion | str:
     """Who is told apart from whom, or why that can't be said."""
     texts = {member.config.name: _texts(member, member.corpus.train) for member in members}
     usable = [m for m in members if len(texts[m.config.name]) >= LEAST_TEXTS and _held_out(m)]
@@ -129,16 +115,16 @@ def confusion(members: Sequence[Any]) -> Confusion | str:
     )
 
 
-def _held_out(member: Any) -> list[str]:
+def _held_out(member: Finished) -> list[str]:
     return _texts(member, [*member.corpus.valid, *member.corpus.test])
 
 
-def _texts(member: Any, rows: Sequence[Example]) -> list[str]:
+def _texts(member: Finished, rows: Sequence[Example]) -> list[str]:
     template = member.config.parsed_template()
     return [written(template, row.fields) for row in rows]
 
 
-def _voice(member: Any, output: Path) -> dict[str, Any]:
+def _voice(member: Finished, output: Path) -> dict[str, Any]:
     """What choir.json says of a voice: figures on its own prompts, the punctuated form."""
     figures = {
         row.metric: {"base": value_of(row.base), "adapter": value_of(row.adapter), "n": row.n}

@@ -58,7 +58,11 @@ def run(config: TrainConfig) -> None:
     if voice.failed:
         raise TrainingError(voice.failed)
     if ranks.first:
-        finished = finish(job, voice, model, base)
+        try:
+            finished = finish(job, voice, model, base)
+        except GateFailed as error:
+            print(report.side_by_side(error.finished.evaluation), flush=True)
+            raise
         print(report.side_by_side(finished.evaluation))
         print(f"\nwrote {config.folder}")
 

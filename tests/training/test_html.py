@@ -13,13 +13,14 @@ from server.model.config import GPT2Config
 from tests.training.test_run import flags
 from training.__main__ import main
 from training.base import Base
-from training.choir_report import Member, confusion, write_choir
+from training.choir_report import confusion, write_choir
 from training.config import TrainConfig
 from training.data import Corpus, Example, normalised
 from training.evaluate import Evaluation, Row, Sampled
 from training.figures import Written
 from training.gate import judge
 from training.intervals import Interval, Perplexities, Rate
+from training.run import Finished
 from training.sampling import SamplingSettings
 from training.voice import History
 
@@ -102,7 +103,7 @@ def test_the_report_json_says_it_all(hostile: Path) -> None:
     assert report["references"]["held_out_texts"].keys() >= {"n", "distinct_2", "longest_overlap"}
 
 
-def member(name: str, words: str, output: Path, gate: dict[str, float] | None, own: bool = True) -> Member:
+def member(name: str, words: str, output: Path, gate: dict[str, float] | None, own: bool = True) -> Finished:
     rng = random.Random(name)
 
     def example(i: int) -> Example:
@@ -119,7 +120,7 @@ def member(name: str, words: str, output: Path, gate: dict[str, float] | None, o
     sampled = [Sampled("test", "punctuated", ["x"] * 8, of_base, of_adapter, [7])]
     evaluation = Evaluation(rows, sampled, SamplingSettings(), compared, "none", {})
     config = TrainConfig(name, output=str(output), authors=(HOSTILE,), gate=gate)
-    return Member(config, corpus, History(steps=3), evaluation, judge(gate, evaluation))
+    return Finished(config, corpus, History(steps=3), evaluation, judge(gate, evaluation))
 
 
 def test_a_choir_is_told_apart_and_written_as_files(tmp_path: Path, tiny_base: Path) -> None:
@@ -158,7 +159,7 @@ def test_one_voice_is_no_choir_to_be_told_apart_in(tmp_path: Path) -> None:
     assert write_choir(tmp_path, "base", [], [("x", "no rows")]).splitlines()[1] == "x     failed: no rows"
 
 
-def _page(output: Path, members: list[Member]) -> str:
+def _page(output: Path, members: list[Finished]) -> str:
     write_choir(output, "base", members, [])
     return (output / "choir.html").read_text()
 

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch.nn import functional
 from transformers import GPT2LMHeadModel
 
+from training import evaluate
 from training.base import Base
 from training.config import TrainConfig
 from training.data import load_corpus
-from training.evaluate import BaseCache, perplexity_losses
+from training.evaluate import perplexity_losses
 from training.figures import METRICS, OVERLAP_WORDS, Written, distance, figures, quantiles
 from training.intervals import Rate
 from training.loss import TOKENS_PER_CHUNK, frozen_head_losses
@@ -115,11 +116,25 @@ def test_distance_and_quantiles_of_lengths() -> None:
     assert quantiles(range(101)) == {"p5": 5, "p25": 25, "p50": 50, "p75": 75, "p95": 95}
 
 
-def test_samples_of_the_base_are_drawn_once_for_all_that_share_them() -> None:
-    cache, drawn = BaseCache(), []
-    for key in ("a", "b", "a"):
-        assert cache.of(key, lambda key=key: drawn.append(key) or key.upper()) == key.upper()
-    assert drawn == ["a", "b"]
+def test_what_the_base_gives_is_computed_once_for_the_voices_that_share_it(
+    base: Base, quotes_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = get_peft_model(base.load(), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)).eval()
+    config = TrainConfig("x", data=str(quotes_file), eval_samples=4)
+    corpus, drawn, plain = load_corpus(config, base), [], evaluate.sample
+
+    def counted(model: PeftModel, *rest):
+        drawn.append("base" if model.base_model.model.transformer.h[0].attn.c_attn.disable_adapters else "adapter")
+        return plain(model, *rest)
+
+    monkeypatch.setattr(evaluate, "sample", counted)
+    cache = evaluate.BaseCache()
+    first, second, alone = (
+        evaluate.evaluate(model, "default", base, corpus, config, shared) for shared in (cache, cache, None)
+    )
+    assert first == second == alone
+    assert drawn.count("adapter") == 6
+    assert drawn.count("base") == 4, "two prompt forms, once for the two that share and once alone"
 
 
 def test_perplexity_is_what_transformers_says(base: Base, quotes_file: Path) -> None:
