@@ -42,18 +42,28 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m training compare",
         description="Have adapters, and the base, answer the same prompts with the same seeds, side by side.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     made.add_argument("voices", nargs="+", metavar="ADAPTER", help="an adapter's folder, or `base` for the base alone")
     made.add_argument("--prompts", required=True, metavar="FILE", help="one prompt a line; or JSONL with `prompt`")
     made.add_argument("--base", action="store_true", help="have the base answer, too")
-    made.add_argument("--model", metavar="DIR|ID", help="the base (None: the first adapter's, as recorded beside it)")
-    made.add_argument("--samples", type=int, default=1, metavar="N", help="answers of each voice to each prompt")
-    made.add_argument("--temperature", type=float, default=0.8, help="of the sampling")
-    made.add_argument("--top-p", type=float, default=0.95, help="sample from the most probable tokens that hold this")
+    made.add_argument("--model", metavar="DIR|ID", help="the base (default: the first adapter's, as recorded)")
+    made.add_argument(
+        "--samples",
+        type=int,
+        default=1,
+        metavar="N",
+        help="answers of each voice to each prompt (default: %(default)s)",
+    )
+    made.add_argument("--temperature", type=float, default=0.8, help="of the sampling (default: %(default)s)")
+    made.add_argument(
+        "--top-p",
+        type=float,
+        default=0.95,
+        help="sample from the most probable tokens that hold this (default: %(default)s)",
+    )
     made.add_argument("--greedy", action="store_true", help="take the most probable token each time, don't sample")
-    made.add_argument("--max-tokens", type=int, default=64, metavar="N", help="of an answer")
-    made.add_argument("--seed", type=int, default=0, help="of the samples")
+    made.add_argument("--max-tokens", type=int, default=64, metavar="N", help="of an answer (default: %(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="of the samples (default: %(default)s)")
     made.add_argument("--device", choices=DEVICES, default="auto", help="auto: a GPU if there is one")
     made.add_argument("--output", metavar="FILE", help="write the answers here as well: .md or .json")
     return made

@@ -61,6 +61,7 @@ def find(folders: Sequence[str]) -> list[Made]:
 def attach(weights: GPT2LMHeadModel, adapters: Sequence[Made]) -> PeftModel:
     """`weights` with the adapters on them, the first active; the n-th is `name_in_model(n)`."""
     with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".is_gradient_checkpointing. is deprecated", FutureWarning)  # PEFT's
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)  # right for GPT-2 all the same
         model = None
         for number, made in enumerate(adapters):
