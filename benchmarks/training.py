@@ -50,7 +50,7 @@ AUTHORS = (
 PARTS = ("equal loss", "dtype", "choir", "tokens", "gpu")
 START = "from training.base import open_base; import sys, training.run; open_base(sys.argv[1]).load()"
 SIZES = {  # flag -> its default, that of --quick, what it is
-    "steps": (64, 8, "of equal loss and dtype"), "batch": (8, 2, "rows in a step of them"),
+    "steps": (40, 8, "of equal loss and dtype"), "batch": (8, 2, "rows in a step of them"),
     "held-out": (64, 4, "rows on which loss is taken"), "medium-steps": (2, 2, "timed at gpt2-medium's shape"),
     "medium-batch": (2, 2, "rows in a step of them"), "voices": (8, 2, "of the choir"),
     "voice-rows": (96, 8, "quotes of each"), "gpu-rows": (2500, 8, "quotes on the GPU"),
