@@ -27,7 +27,7 @@ from adapters.values import check_values
 
 PROOF_FILES = (CONFIG_FILE, WEIGHTS_FILE, GOLDEN_FILE)
 """What decides the digest."""
-SIDECARS = ("report.json", "README.md", "loss.png")
+SIDECARS = ("report.json", "report.html", "README.md", "recipe.yaml", "loss.png")
 """What may lie beside: replaced when the same content is published again."""
 ADAPTER_FILES = (*PROOF_FILES, *SIDECARS)
 MAX_SIDECAR_BYTES = 16 << 20

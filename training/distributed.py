@@ -6,6 +6,7 @@ on one of them is raised on all, so that none waits for another that has ended.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -85,7 +86,8 @@ def join(device: str = "auto") -> Ranks:
         return Ranks(torch.device("cpu" if cpu else "cuda"))
     from accelerate import PartialState  # it knows the launchers' environment and each device's backend
 
-    state: Any = PartialState(cpu=cpu)
+    # The others wait while the first measures a choir.
+    state: Any = PartialState(cpu=cpu, timeout=timedelta(days=1))
     return Ranks(state.device, state.process_index, state.num_processes)
 
 
