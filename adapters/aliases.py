@@ -12,12 +12,18 @@ MAX_TARGETS = 16
 MAX_WEIGHT = 100.0
 
 
+def check_alias(name: str) -> Reference:
+    """An alias's name, `name` or `adapter@tag`. Raises ValueError that says which part is wrong."""
+    alias = parse_reference(name)
+    if alias.at is not None and not is_tag(alias.at):
+        raise ValueError(f"{name!r}: a tag of hex digits alone could be a digest's beginning; choose another")
+    return alias
+
+
 def check_targets(alias: Reference, wanted: Sequence[tuple[str, float]]) -> list[tuple[Reference, float]]:
     """The targets of a new alias. Raises ValueError that says which is wrong."""
     if not 1 <= len(wanted) <= MAX_TARGETS:
         raise ValueError(f"{len(wanted)} targets; expected 1 to {MAX_TARGETS}")
-    if alias.at is not None and not is_tag(alias.at):
-        raise ValueError(f"{str(alias)!r}: a tag of hex digits alone could be a digest's beginning; choose another")
     targets: list[tuple[Reference, float]] = []
     for text, weight in wanted:
         target = parse_reference(text)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from adapters.adapter import NAME_PATTERN, AdapterManifest, AdapterRef, AdapterVersion, BaseShape
-from adapters.aliases import check_leads, check_targets, choose
+from adapters.aliases import check_alias, check_leads, check_targets, choose
 from adapters.errors import (
     AdapterConflict,
     AdapterError,
@@ -155,7 +155,7 @@ class AdapterStore:
 
         Raises ValueError, AdapterRefused, AdapterNotFound, AdapterConflict.
         """
-        alias = parse_reference(name)
+        alias = check_alias(name)
         self.check_name(alias.name)
         if self._is_folder(name) and name not in self.registry.entries:
             raise AdapterConflict(f"{name!r} is an adapter's folder that lies in --adapters-dir: choose another name")

@@ -21,8 +21,9 @@ from fastapi.responses import JSONResponse, PlainTextResponse, Response
 from pydantic import ValidationError
 from starlette.requests import ClientDisconnect
 
+from adapters.aliases import check_alias
 from adapters.archive import unpack
-from adapters.errors import AdapterError, AdapterExists
+from adapters.errors import AdapterError, AdapterExists, AdapterRefused
 from adapters.registry import Kind
 from adapters.store import AdapterStore, Found
 from server.api.adapter_records import RecordWriter, facts
@@ -80,7 +81,7 @@ class LifecycleRoutes:
 
     async def upload(self, name: str, http: HttpRequest) -> dict[str, Any]:
         """Publish a version: the body is a tar, tar.gz or zip of a PEFT adapter folder."""
-        await _call("name", self._store.check_name, name)
+        self._check_name(name, "name")
         async with self._received(http) as (folder, ignored):
             return await self._publish(name, folder, "upload") | {"ignored": ignored}
 
@@ -120,6 +121,7 @@ class LifecycleRoutes:
 
     async def put_alias(self, name: str, body: AliasRequest) -> dict[str, Any]:
         """Let a name, or `adapter@tag`, stand for an adapter, or for several by weight."""
+        self._check_name(name, "name", alias=True)
         targets = [(target.ref, target.weight) for target in body.targets]
         await _call("targets", self._store.set_alias, name, targets, ORIGIN)
         return await self.show(name)
@@ -127,7 +129,7 @@ class LifecycleRoutes:
     async def load(self, body: LoadRequest) -> Response:
         """vLLM's: publish `lora_path`, a folder inside the adapter roots or a source that is allowed."""
         name, path = _required(body.lora_name, "lora_name"), _required(body.lora_path, "lora_path")
-        await _call("lora_name", self._store.check_name, name)
+        self._check_name(name, "lora_name")
         taken = ApiError(
             400, "validation", f"`lora_name` {name!r} is loaded already; set `load_inplace` true to replace it",
             param="lora_name",
@@ -157,6 +159,13 @@ class LifecycleRoutes:
     @property
     def _store(self) -> AdapterStore:
         return self._spec.state.store
+
+    def _check_name(self, name: str, field: str, *, alias: bool = False) -> None:
+        """Raises 422 ApiError for a name that no adapter, or no alias, may have."""
+        try:
+            self._store.check_name(check_alias(name).name if alias else name)
+        except (AdapterRefused, ValueError) as error:
+            raise ApiError(422, "validation", f"`{field}`: {error}", param=field) from None
 
     @asynccontextmanager
     async def _received(self, http: HttpRequest) -> AsyncGenerator[tuple[Path, "list[str]"]]:

@@ -57,11 +57,6 @@ class EngineLink:
     def _epoch(self) -> str | None:
         return self.info.epoch if self.info is not None else None
 
-    @property
-    def in_flight(self) -> int:
-        """Requests that have not ended."""
-        return len(self._live)
-
     async def generate(self, *requests: Request) -> AsyncGenerator[SequenceOutput]:
         """Outputs of requests, the last of each with a finish reason. Closing the iterator early aborts the others.
 

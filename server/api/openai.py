@@ -216,14 +216,13 @@ def sampling_params(
             f"positions for prompt and output, so at most {room}",
             code=CONTEXT_LENGTH_EXCEEDED,
         )
-    max_tokens = max(1, min(default, room) if wanted is None else wanted)
-    least = body.min_tokens or 0
-    if least > max_tokens:
-        raise ApiError.invalid("min_tokens", f"{least} is more than the {max_tokens} tokens that are generated at most")
+    most, least = min(default, room) if wanted is None else wanted, body.min_tokens or 0
+    if least > most:
+        raise ApiError.invalid("min_tokens", f"{least} is more than the {most} tokens that are generated at most")
     temperature = 1.0 if body.temperature is None else body.temperature
     seed = secrets.randbits(32) if body.seed is None else body.seed % 2**64
     return SamplingParams(
-        max_tokens=max_tokens,
+        max_tokens=max(1, most),  # the engine has no request without a token; the answer leaves it out
         temperature=temperature,
         top_k=max(0, body.top_k or 0),
         top_p=1.0 if body.top_p is None else body.top_p,

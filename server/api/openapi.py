@@ -37,7 +37,7 @@ _WORDS = {
     503: "Not ready, or the adapter can't be read just now; with `Retry-After`",
 }
 _GENERATE = (401, 404, 413, 422, 424, 429, 503)
-_READ = (401, 422, 429, 503)
+_READ = (401, 503)
 _CHANGE = (401, 403, 404, 409, 413, 422, 429, 503)
 _PROBES = ("/health", "/ready", "/metrics")
 
@@ -216,9 +216,9 @@ def _statuses(path: str, method: str) -> list[int]:
     if path in ("/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"):
         found |= {*_GENERATE}
     elif path == "/tokenize":
-        found |= {*_READ, 404, 413}
-    elif method == "GET":
-        found |= {*_READ, 404} if "{name}" in path else {*_READ}
+        found |= {*_READ, 404, 413, 422, 429}
+    elif method == "GET":  # GETs aren't limited, and these alone take something
+        found |= {*_READ} | ({404, 422} if "{name}" in path else {422} if path == "/v1/adapters" else set[int]())
     else:
         found |= {*_CHANGE, 400} if path.endswith("_lora_adapter") else {*_CHANGE}
     return sorted(found)

@@ -108,8 +108,10 @@ def _content(value: Any) -> str:
     """A text, or the texts of several parts, each on lines of its own."""
     if isinstance(value, str):
         return _text(value)
+    if not isinstance(value, list):
+        raise ValueError(f"{brief(value)} is neither a text nor a list of parts")
     texts: list[str] = []
-    for part in cast("list[Any]", value) if isinstance(value, list) else [value]:
+    for part in cast("list[Any]", value):
         known: dict[str, Any] = cast("dict[str, Any]", part) if isinstance(part, dict) else {}
         said = known.get("text")
         if known.keys() != {"type", "text"} or known["type"] != "text" or not isinstance(said, str):

@@ -12,6 +12,7 @@ export const key = {
       return held;
     }
   },
+  wanted: false, // whether the server has asked for one
   set(value) {
     held = value;
     try {
@@ -44,22 +45,21 @@ async function call(path, options = {}) {
     throw new ApiError(0, "unreachable", "The server does not answer.");
   }
   if (response.ok) return response;
+  if (response.status === 401) key.wanted = true;
   const body = await response.json().catch(() => ({}));
   const told = typeof body.error === "object" && body.error ? body.error : { message: body.error, type: body.error_type };
   const message = told.message ?? body.missing?.join("; ") ?? `The server answered ${response.status}.`;
   throw new ApiError(response.status, told.type ?? "", String(message), Number(response.headers.get("retry-after")) || 0);
 }
 
+const posted = (body) => ({ method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+
 export const getJson = async (path) => (await call(path)).json();
+export const postJson = async (path, body) => (await call(path, posted(body))).json();
 
 /** The events of a stream, parsed. Throws ApiError, also for an error event. */
 export async function* events(path, body, signal) {
-  const response = await call(path, {
-    method: "POST",
-    headers: { "Content-Type": "application/json" },
-    body: JSON.stringify(body),
-    signal,
-  });
+  const response = await call(path, { ...posted(body), signal });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {

@@ -14,10 +14,8 @@ const ENDED = {
   stop_sequence: (n) => `Met a stop string after ${tokens(n)}`,
   stopped: (n) => `Stopped by you after ${tokens(n)}`,
 };
-const TITLES = {
-  0: "The server does not answer", 401: "The key is missing or wrong", 404: "There is no such voice",
-  429: "The server is full", 503: "Not available now",
-};
+const TITLES = { 401: "The key is missing or wrong", 404: "There is no such voice", 429: "The server is full", 503: "Not available now" };
+const OF_TYPE = { adapter_refused: "This adapter was refused", rate_limited: "Your own limit is reached" };
 
 /** A calm colour of its own for each name. */
 function hue(name) {
@@ -37,13 +35,14 @@ export class Card {
   constructor(voice, record, actions) {
     this.voice = voice;
     this.#actions = actions;
-    this.#build(record);
+    this.#build();
     this.update(record);
   }
 
   update(record) {
     this.#parts.name.textContent = record.name;
     this.#parts.meta.textContent = described(record);
+    this.#parts.remove.setAttribute("aria-label", `Remove ${record.name}`);
   }
 
   get running() {
@@ -91,7 +90,7 @@ export class Card {
 
   /** The request failed; it can be sent again once `retryAfter` is over. */
   failed(error) {
-    const title = error.type === "adapter_refused" ? "This adapter was refused" : TITLES[error.status];
+    const title = OF_TYPE[error.type] ?? TITLES[error.status];
     this.#status("error", "error", title ? `${title}: ${error.message}` : error.message);
     this.#stats();
     say(`${this.#parts.name.textContent}: ${error.message}`);
@@ -128,7 +127,7 @@ export class Card {
     }
   }
 
-  #build(record) {
+  #build() {
     const button = (label, act, kind = "quiet") => el("button", { type: "button", class: kind, onclick: act }, label);
     const id = `card-${crypto.getRandomValues(new Uint32Array(1))[0]}`;
     const parts = (this.#parts = {
@@ -143,15 +142,14 @@ export class Card {
       again: button("Try again", () => this.#actions.again(this)),
       copied: button("Copy text", (event) => copy(parts.prompt.textContent + parts.out.textContent, event.currentTarget)),
       inner: el("div", { class: "inner" }),
+      remove: button("×", () => this.#actions.remove(this), "quiet remove"),
     });
     parts.report = el("details", { class: "report", hidden: true }, el("summary", {}, "Report"), parts.inner);
-    const remove = button("×", () => this.#actions.remove(this), "quiet remove");
-    remove.setAttribute("aria-label", `Remove ${record.name}`);
     const end = el("span", { class: "end", "aria-hidden": "true" });
     this.node = el(
       "article",
       { class: "card", "aria-labelledby": id, "data-voice": this.voice },
-      el("header", {}, el("div", {}, parts.name, parts.meta), remove),
+      el("header", {}, el("div", {}, parts.name, parts.meta), parts.remove),
       el("p", { class: "text" }, parts.prompt, parts.out, end),
       parts.hint,
       el("footer", {}, parts.reason, parts.stats, el("div", { class: "buttons" }, parts.stop, parts.again, parts.copied)),

@@ -5,6 +5,8 @@ import { FIELDS, allowed, allowedSeed, dice } from "./state.js";
 
 export class Controls {
   #inputs = {};
+  #hints = {};
+  #left = Infinity;
   #state;
 
   /** `onChange()` after a person changed something; the state is changed in place. */
@@ -29,7 +31,10 @@ export class Controls {
       state.seed = dice();
       this.#follow(onChange);
     });
-    $("#keep").addEventListener("change", () => (state.keep = $("#keep").checked));
+    $("#keep").addEventListener("change", () => {
+      state.keep = $("#keep").checked;
+      onChange();
+    });
     $("#stops").addEventListener("input", () => {
       state.stops = $("#stops").value;
       onChange();
@@ -44,8 +49,10 @@ export class Controls {
     this.show();
   }
 
-  show() {
+  /** `left`: how many tokens fit after the prompt. */
+  show(left = this.#left) {
     const state = this.#state;
+    this.#left = left;
     for (const [name, inputs] of Object.entries(this.#inputs)) {
       for (const input of inputs) {
         input.value = state[name];
@@ -58,7 +65,8 @@ export class Controls {
     $("#keep").checked = state.keep;
     $("#stops").value = state.stops;
     const mode = state.sampled ? `temperature ${state.temperature}` : "greedy";
-    $("#sampling-brief").textContent = `${mode}, ${state.max_tokens} tokens`;
+    $("#sampling-brief").textContent = `${mode}, ${Math.min(state.max_tokens, left)} tokens`;
+    this.#hints.max_tokens.textContent = left < state.max_tokens ? `room for ${left}` : FIELDS.max_tokens.hint;
   }
 
   #follow(onChange) {
@@ -80,6 +88,7 @@ export class Controls {
     const exact = el("input", { type: "number", id: name, inputmode: step === 1 ? "numeric" : "decimal", ...common });
     const slider = el("input", { type: "range", "aria-label": label, ...common });
     this.#inputs[name] = [exact, slider];
-    return el("div", { class: "field" }, el("label", { for: name }, label, " ", el("small", {}, hint)), exact, slider);
+    this.#hints[name] = el("small", {}, hint);
+    return el("div", { class: "field" }, el("label", { for: name }, label, " ", this.#hints[name]), exact, slider);
   }
 }

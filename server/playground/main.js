@@ -1,12 +1,14 @@
 /** Wires the page: the setup, the voices, the answers, the code, the key. */
 
-import { ApiError, address, events, getJson, key } from "./api.js";
+import { ApiError, events, getJson } from "./api.js";
 import { Card } from "./cards.js";
+import { CodePanel } from "./codepanel.js";
 import { Controls } from "./controls.js";
 import { $, calm, copy, el, say } from "./dom.js";
+import { KeyDialog } from "./keydialog.js";
 import { Lanes } from "./lanes.js";
-import { curl, openai } from "./snippets.js";
-import { BASE, dice, fresh, fromHash, generateBody, toHash } from "./state.js";
+import { Room } from "./room.js";
+import { BASE, dice, fitted, fresh, fromHash, generateBody, toHash } from "./state.js";
 import { VoiceList } from "./voices.js";
 
 const EXAMPLES = ["Quote by Oscar Wilde:", "Quote by Jane Austen:", "On love:", "Maxim:", "Politics,", "Once upon a time"];
@@ -19,18 +21,34 @@ const cards = new Map();
 const running = new Map(); // card -> AbortController
 const lanes = new Lanes(LANES);
 let chosen = linked !== null;
-let baseName = "";
+let baseName = null;
 let up = false;
-let addressTimer = 0;
+let settleTimer = 0;
 
 const controls = new Controls(state, changed);
 const voices = new VoiceList(pick, loaded);
+const codePanel = new CodePanel();
+const room = new Room(showSetup);
+const keyDialog = new KeyDialog(() => {
+  up = false;
+  showCode();
+  start();
+});
+
+function showSetup() {
+  controls.show(room.known(state.prompt));
+  showCode();
+}
 
 function changed() {
-  controls.show();
-  showCode();
-  clearTimeout(addressTimer);
-  addressTimer = setTimeout(() => history.replaceState(null, "", toHash(state)), 300); // browsers allow so many a second
+  showSetup();
+  clearTimeout(settleTimer);
+  settleTimer = setTimeout(settle, 300); // browsers allow so many changes of the address a second
+}
+
+function settle() {
+  history.replaceState(null, "", toHash(state));
+  room.after(state.prompt, state.max_tokens);
 }
 
 function pick(names) {
@@ -71,16 +89,8 @@ function showCards() {
 }
 
 function showCode() {
-  const select = $("#code-voice");
-  const before = select.options.length ? select.value : null;
-  select.replaceChildren(...state.voices.map((voice) => el("option", { value: voice }, voices.record(voice).name)));
-  select.value = state.voices.includes(before) ? before : state.voices.find((voice) => voice !== BASE) ?? state.voices[0] ?? "";
-  const [voice, locked] = [select.value, Boolean(key.get())];
-  const language = $("input[name=language]:checked").value;
-  $("#code").textContent =
-    language === "curl"
-      ? curl(state, voice, address("generate"), locked)
-      : openai(state, voice, address("v1"), locked, baseName);
+  const setup = fitted(state, room.known(state.prompt));
+  codePanel.show(setup, (voice) => voices.record(voice).name, baseName);
 }
 
 function setPrompt(text) {
@@ -109,7 +119,7 @@ function stopAll() {
 }
 
 function again(card) {
-  ask(card, generateBody(state, card.voice));
+  ask(card, { ...state });
 }
 
 function generate() {
@@ -123,22 +133,24 @@ function generate() {
   if (state.sampled && !state.keep) state.seed = dice();
   changed();
   say(`Asking ${state.voices.length} voices`);
-  for (const voice of state.voices) ask(cards.get(voice), generateBody(state, voice));
+  for (const voice of state.voices) ask(cards.get(voice), { ...state });
   if ($("#cards").getBoundingClientRect().top > innerHeight * 0.7) {
     $("#answers").scrollIntoView({ behavior: calm() ? "auto" : "smooth", block: "start" });
   }
 }
 
-async function ask(card, body) {
+async function ask(card, setup) {
   running.get(card)?.abort();
   const abort = new AbortController();
   const current = () => running.get(card) === abort;
   running.set(card, abort);
   showBusy();
-  card.begin(body.inputs);
+  card.begin(setup.prompt);
   try {
     await lanes.take(abort.signal);
     try {
+      const body = generateBody(fitted(setup, await room.after(setup.prompt, setup.max_tokens)), card.voice);
+      abort.signal.throwIfAborted();
       card.sent();
       let whole = false;
       for await (const event of events("generate_stream", body, abort.signal)) {
@@ -153,7 +165,7 @@ async function ask(card, body) {
     if (!current()) return;
     if (abort.signal.aborted) card.stopped();
     else card.failed(error);
-    if (error.status === 401) askKey(error.message);
+    if (error.status === 401) askKey();
   } finally {
     if (current()) running.delete(card);
     showBusy();
@@ -166,17 +178,9 @@ function showBusy() {
   document.body.dataset.busy = running.size > 0;
 }
 
-function askKey(why) {
-  if ($("#key-dialog").open) return;
-  if (why) $("#key-why").textContent = why;
-  $("#key").value = key.get();
-  $("#key-dialog").showModal();
-  $("#key").select();
-}
-
-function showKey() {
-  $("#key-label").textContent = key.get() ? "Key set" : "Key";
-  showCode();
+function askKey() {
+  showCode(); // it tells of the key now
+  keyDialog.ask();
 }
 
 function banner(text) {
@@ -201,13 +205,16 @@ async function start() {
     const facts = [info.model_id, info.model_device_type, info.model_dtype, `${info.max_total_tokens} positions`];
     $("#served").textContent = facts.filter(Boolean).join(" · ");
     controls.limit(info.max_total_tokens - 1);
+    room.setPositions(info.max_total_tokens);
+    room.after(state.prompt, state.max_tokens);
     voices.setBase(baseName);
     await voices.load();
     if (!up) for (const card of cards.values()) card.readReport();
     up = true;
   } catch (error) {
-    if (error.status === 401) return askKey("This server wants a key. It stays in this tab and is gone when you close it.");
-    banner(error.message);
+    voices.failed(error);
+    if (error.status === 401) askKey();
+    else banner(error.message);
   }
 }
 
@@ -240,27 +247,16 @@ function listen() {
   });
   $("#stop").addEventListener("click", stopAll);
   document.addEventListener("keydown", (event) => {
-    if ($("#key-dialog").open) return;
+    if (keyDialog.open) return;
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) generate();
     else if (event.key === "Escape" && running.size) stopAll();
     else return;
     event.preventDefault();
   });
-  $("#copy-link").addEventListener("click", (event) => copy(new URL(toHash(state), location.href).href, event.currentTarget));
-  $("#copy-code").addEventListener("click", (event) => copy($("#code").textContent, event.currentTarget));
-  $("#code-voice").addEventListener("change", showCode);
-  for (const radio of document.querySelectorAll("input[name=language]")) radio.addEventListener("change", showCode);
-  $("#open-key").addEventListener("click", () => askKey(""));
-  $("#key-dialog").addEventListener("close", () => {
-    const wanted = $("#key-dialog").returnValue;
-    $("#key-dialog").returnValue = "";
-    if (wanted) {
-      up = false;
-      key.set(wanted === "use" ? $("#key").value.trim() : "");
-      showKey();
-      start();
-    }
-    $("#key").value = "";
+  $("#copy-link").addEventListener("click", (event) => copy(link(), event.currentTarget));
+  $(".skip").addEventListener("click", (event) => {
+    event.preventDefault(); // the address holds the setup
+    $("#answers").focus();
   });
   addEventListener("hashchange", () => {
     const other = fromHash(location.hash);
@@ -268,13 +264,16 @@ function listen() {
   });
 }
 
+/** The address of this setup and of its texts. */
+const link = () => new URL(toHash({ ...state, keep: true }), location.href).href;
+
 function apply(other) {
   chosen = true;
   Object.assign(state, other);
   $("#prompt").value = state.prompt;
-  controls.show();
   showCards();
-  showCode();
+  showSetup();
+  room.after(state.prompt, state.max_tokens);
 }
 
 for (const text of EXAMPLES) {
@@ -284,7 +283,6 @@ if (matchMedia("(max-width: 60rem)").matches) $("#sampling-panel").open = false;
 $("#prompt").value = state.prompt;
 theme();
 listen();
-controls.show();
 showCards();
-showKey();
+showSetup();
 start();

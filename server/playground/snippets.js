@@ -5,7 +5,7 @@ import { BASE, generateBody, stopStrings } from "./state.js";
 const shell = (text) => `'${text.replaceAll("'", "'\\''")}'`;
 
 /** A Python literal; JSON's strings are Python's too. */
-const python = (value) => JSON.stringify(value);
+const python = (value) => (value === null ? "None" : JSON.stringify(value));
 
 /** `url`: of POST /generate; `locked`: whether the server wants a key. */
 export function curl(state, voice, url, locked) {
@@ -14,7 +14,7 @@ export function curl(state, voice, url, locked) {
   return `curl -s ${shell(url)} \\\n  -H 'Content-Type: application/json'${key} \\\n  -d ${body}\n`;
 }
 
-/** `url`: of /v1; `base`: the base model's name. */
+/** `url`: of /v1; `base`: the base model's name, null if it is not known. */
 export function openai(state, voice, url, locked, base) {
   const extra = {};
   if (state.sampled && state.top_k > 0) extra.top_k = state.top_k;
@@ -24,12 +24,12 @@ export function openai(state, voice, url, locked, base) {
     ["prompt", state.prompt],
     ["max_tokens", state.max_tokens],
     ["temperature", state.sampled ? state.temperature : 0],
-    ["top_p", state.sampled && state.top_p < 1 ? state.top_p : null],
-    ["seed", state.sampled ? state.seed : null],
-    ["stop", stopStrings(state).length ? stopStrings(state) : null],
-    ["extra_body", Object.keys(extra).length ? extra : null],
+    ["top_p", state.sampled && state.top_p < 1 ? state.top_p : undefined],
+    ["seed", state.sampled ? state.seed : undefined],
+    ["stop", stopStrings(state).length ? stopStrings(state) : undefined],
+    ["extra_body", Object.keys(extra).length ? extra : undefined],
   ];
-  const lines = fields.filter(([, value]) => value !== null).map(([name, value]) => `    ${name}=${python(value)},\n`);
+  const lines = fields.filter(([, value]) => value !== undefined).map(([name, value]) => `    ${name}=${python(value)},\n`);
   return [
     locked ? "import os\n\n" : "",
     "from openai import OpenAI\n\n",

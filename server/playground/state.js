@@ -35,6 +35,7 @@ export function toHash(state) {
   query.set("mode", state.sampled ? "sampled" : "greedy");
   for (const name of Object.keys(FIELDS)) query.set(name, state[name]);
   query.set("seed", state.seed);
+  if (state.keep) query.set("keep", "1");
   if (state.stops) query.set("stops", state.stops);
   return `#${query}`;
 }
@@ -48,13 +49,16 @@ export function fromHash(hash) {
   state.voices = [...(query.has("base") ? [BASE] : []), ...new Set(query.getAll("voice").filter(Boolean))];
   state.sampled = query.get("mode") !== "greedy";
   for (const name of Object.keys(FIELDS)) state[name] = allowed(name, query.get(name) ?? "") ?? state[name];
-  const seed = allowedSeed(query.get("seed") ?? "");
-  if (seed !== undefined) Object.assign(state, { seed, keep: true });
+  state.seed = allowedSeed(query.get("seed") ?? "") ?? state.seed;
+  state.keep = query.get("keep") === "1";
   state.stops = query.get("stops") ?? "";
   return state;
 }
 
 export const stopStrings = (state) => state.stops.split("\n").filter(Boolean).map((line) => line.replaceAll("\\n", "\n"));
+
+/** The same setup with no more tokens than there is room for. */
+export const fitted = (state, room) => ({ ...state, max_tokens: Math.min(state.max_tokens, room) });
 
 /** The body of POST /generate and /generate_stream for one voice. */
 export function generateBody(state, voice) {

@@ -14,6 +14,7 @@ const EXPLAINED = {
   refused: "Can't be served",
   failed: "Could not be read; tried again after a while",
 };
+const ASKING = "Asking for the voices …";
 const NAMED = /^[A-Za-z0-9][A-Za-z0-9._@:,+-]{0,400}$/;
 
 const bytes = (n) => (n < 1e6 ? `${Math.round(n / 1e3)} kB` : `${(n / 1e6).toFixed(1)} MB`);
@@ -34,6 +35,8 @@ export class VoiceList {
   #rows = new Map();
   #picked = [];
   #next = null;
+  #listed = false;
+  #trouble = ASKING; // why there is no list, or no newer one
   #onPick;
   #onLoaded;
 
@@ -44,13 +47,13 @@ export class VoiceList {
     this.setBase("base model");
     $("#find").addEventListener("input", () => this.#filter());
     $("#find").addEventListener("keydown", (event) => {
-      const wanted = $("#find").value.trim();
+      const wanted = this.#wanted;
       if (event.key !== "Enter" || !wanted) return;
       const row = this.#rows.get(wanted) ?? [...$("#voices").children].find((each) => !each.hidden);
       row?.querySelector("input:enabled, button")?.click();
     });
-    $("#more").addEventListener("click", () => this.#page(this.#next, PAGE).catch((error) => this.#failed(error)));
-    $("#refresh").addEventListener("click", () => this.load().catch((error) => this.#failed(error)));
+    $("#more").addEventListener("click", () => this.#page(this.#next, PAGE).catch((error) => this.failed(error)));
+    $("#refresh").addEventListener("click", () => this.load().catch(() => {})); // it has told
   }
 
   setBase(name) {
@@ -70,22 +73,20 @@ export class VoiceList {
   /** Ask for the list again, as far as it was shown. Throws ApiError. */
   async load() {
     $("#voices").setAttribute("aria-busy", "true");
+    if (!this.#listed) this.#tell(ASKING);
+    const count = Math.max(PAGE, Math.ceil((this.#records.size - 1) / PAGE) * PAGE);
     try {
-      const count = Math.max(PAGE, Math.ceil((this.#records.size - 1) / PAGE) * PAGE);
-      const before = this.#records;
-      this.#records = new Map([[BASE, before.get(BASE)]]);
-      try {
-        await this.#page("", Math.min(1000, count));
-      } catch (error) {
-        this.#records = before;
-        throw error;
-      }
+      await this.#page("", Math.min(1000, count));
     } catch (error) {
-      this.#failed(error);
+      this.failed(error);
       throw error;
-    } finally {
-      $("#voices").setAttribute("aria-busy", "false");
     }
+  }
+
+  /** The list could not be had. */
+  failed(error) {
+    $("#voices").setAttribute("aria-busy", "false");
+    this.#tell(error.status === 401 ? "The list needs the key." : error.message);
   }
 
   /** Show what is picked. */
@@ -94,20 +95,30 @@ export class VoiceList {
     this.#render();
   }
 
+  /** The names after `after`, beside what is here; from the beginning in its place. */
   async #page(after, limit) {
     const answer = await getJson(`v1/adapters?limit=${limit}&after=${encodeURIComponent(after)}`);
-    for (const record of answer.data) this.#records.set(record.name, record);
+    const records = after ? this.#records : new Map([[BASE, this.#records.get(BASE)]]);
+    for (const record of answer.data) records.set(record.name, record);
     for (const { name, reason } of answer.refused ?? []) {
-      if (!this.#records.has(name)) this.#records.set(name, { name, kind: "adapter", state: "refused", reason });
+      if (!records.has(name)) records.set(name, { name, kind: "adapter", state: "refused", reason });
     }
+    [this.#records, this.#listed, this.#trouble] = [records, true, ""];
+    $("#voices").setAttribute("aria-busy", "false");
     this.#next = answer.has_more ? answer.next : null;
     $("#more").hidden = this.#next === null;
     this.#render();
     this.#onLoaded();
   }
 
-  #failed(error) {
-    $("#voices-note").textContent = error.status === 401 ? "The list needs the key." : error.message;
+  #tell(trouble) {
+    this.#trouble = trouble;
+    this.#filter();
+  }
+
+  /** What is typed, as the server's names have it: no blanks around the signs of a mix. */
+  get #wanted() {
+    return $("#find").value.trim().replace(/\s*([,:])\s*/g, "$1");
   }
 
   #aliases(name) {
@@ -116,6 +127,8 @@ export class VoiceList {
   }
 
   #render() {
+    const list = $("#voices");
+    const focused = list.contains(document.activeElement) ? document.activeElement : null;
     const unlisted = this.#picked.filter((voice) => !this.#records.has(voice));
     const shown = new Set([...this.#records.keys(), ...unlisted]);
     for (const [voice, row] of this.#rows) {
@@ -123,7 +136,6 @@ export class VoiceList {
       row.remove();
       this.#rows.delete(voice);
     }
-    const list = $("#voices");
     [...shown].forEach((voice, i) => {
       if (!this.#rows.has(voice)) this.#rows.set(voice, this.#row(voice));
       const row = this.#rows.get(voice);
@@ -132,6 +144,7 @@ export class VoiceList {
     });
     $("#picked").textContent = `${this.#picked.length} picked`;
     this.#filter();
+    if (focused && document.activeElement !== focused) (focused.isConnected ? focused : $("#find")).focus({ preventScroll: true });
   }
 
   #row(voice) {
@@ -161,7 +174,7 @@ export class VoiceList {
   }
 
   #filter() {
-    const wanted = $("#find").value.trim();
+    const wanted = this.#wanted;
     let hits = 0;
     for (const [voice, row] of this.#rows) {
       const text = `${this.record(voice).name} ${row.querySelector(".meta").textContent}`.toLowerCase();
@@ -180,7 +193,8 @@ export class VoiceList {
     }
     const count = this.#records.size - 1;
     let note = count ? "" : "No adapters yet: publish one, or drop a folder into --adapters-dir.";
-    if (wanted && !hits) note = this.#next === null ? "Nothing listed has that name." : `Not among the first ${count}.`;
+    if (this.#trouble) note = this.#trouble;
+    else if (wanted && !hits) note = this.#next === null ? "Nothing listed has that name." : `Not among the first ${count}.`;
     $("#voices-note").textContent = note;
   }
 }

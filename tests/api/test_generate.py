@@ -221,6 +221,9 @@ def test_the_openapi_document_shows_errors_as_they_are_sent(server: ServerProces
     schema = schemas[told["$ref"].rpartition("/")[2]]
     assert set(schema["properties"]) == set(post(server, top_k=-1).json()) == {"error", "error_type"}
     assert "HTTPValidationError" not in document["components"]["schemas"]
+    for path in ("/info", "/v1/models"):
+        assert not {"422", "429"} & document["paths"][path]["get"]["responses"].keys(), "nothing to refuse, no limit"
+    assert "422" in document["paths"]["/v1/adapters"]["get"]["responses"]
 
 
 def test_metrics_count_what_was_done(server: ServerProcess) -> None:

@@ -22,9 +22,10 @@ def python_of(name: str) -> Path:
     folder = CACHE / f"{name}-{hashlib.sha256(requirements.read_bytes()).hexdigest()[:12]}"
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
-        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
-        pip = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "-q", "--no-deps"]
-        subprocess.run([*pip, *os.environ.get("PIP_ARGS", "").split(), "-r", str(requirements)], check=True)
+        subprocess.run([sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder)], check=True)
+        pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--disable-pip-version-check"]
+        quick = ["-q", "--no-deps", "--no-compile"]  # what is never imported need not be compiled
+        subprocess.run([*pip, *quick, *os.environ.get("PIP_ARGS", "").split(), "-r", str(requirements)], check=True)
         if name in OVER_OURS:
             _site_packages(folder).joinpath("ours.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
         (folder / "complete").touch()

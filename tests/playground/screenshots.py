@@ -11,7 +11,8 @@ from tests.playground.browser import WAIT, find_chromium, launch
 
 FOLDER = ROOT / "docs" / "images"
 SEED = 7
-SCENE = [("prompt", "Quote by Oscar Wilde:"), ("base", "1"), ("voice", "quotes"), ("voice", "wilde"), ("seed", SEED)]
+VOICES = [("base", "1"), ("voice", "quotes"), ("voice", "wilde")]
+SCENE = [("prompt", "Quote by Oscar Wilde:"), *VOICES, ("seed", SEED), ("keep", "1")]
 SHOTS = {"light": ("light", 1440, 1175), "dark": ("dark", 1440, 1175), "phone": ("light", 390, 844)}
 
 

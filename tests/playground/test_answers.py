@@ -20,7 +20,7 @@ VOICES = ("", "quotes", "wilde")  # "" is the base
 def link(server: ServerProcess, voices=VOICES, **fields) -> str:
     """The address of a setup."""
     named = [("voice", voice) if voice else ("base", "1") for voice in voices]
-    fields = {"prompt": PROMPT, "max_tokens": 48, "seed": 7} | fields
+    fields = {"prompt": PROMPT, "max_tokens": 48, "seed": 7, "keep": 1} | fields
     return f"{server.url}/playground#{urlencode([*named, *fields.items()])}"
 
 
@@ -43,6 +43,7 @@ def test_two_adapters_stop_by_themselves_and_the_base_at_its_limit(visit, server
     page.goto(f"{server.url}/playground")
     for name in ("quotes", "wilde"):
         expect(page.get_by_role("checkbox", name=name)).to_be_checked()
+        expect(page.locator("#code-voice")).to_have_value(name)  # the first adapter
         page.get_by_role("checkbox", name=name).uncheck()
     expect(page.locator(".card")).to_have_count(1)
     for name in ("wilde", "quotes"):
@@ -164,6 +165,21 @@ def test_the_python_snippet_asks_for_the_same(voice: str, visit, server: ServerP
     }  # fmt: skip
 
 
+def test_an_answer_takes_no_more_room_than_there_is(visit, server: ServerProcess) -> None:
+    counted = httpx.post(f"{server.url}/tokenize", json={"prompt": PROMPT}).json()
+    left = counted["max_model_len"] - counted["count"]
+    page = visit().page
+    page.goto(link(server, ("quotes",), max_tokens=counted["max_model_len"] - 1))
+    expect(page.locator("#code")).to_contain_text(f'"max_new_tokens": {left}')
+    expect(page.get_by_text(f"room for {left}")).to_be_visible()
+    with page.expect_request("**/generate_stream") as sent:
+        page.get_by_role("button", name="Generate").click()
+    finished(page, 1)
+    body = page.locator("#code").text_content().partition(" -d '")[2].rstrip().removesuffix("'")
+    assert sent.value.post_data_json == json.loads(body)
+    assert page.locator(".out").text_content() == answer(server, "quotes", max_new_tokens=left)["generated_text"]
+
+
 def test_a_stop_string_ends_it_and_says_so(visit, server: ServerProcess) -> None:
     page = visit().page
     page.goto(link(server, ("quotes",), stops='"'))
@@ -172,15 +188,3 @@ def test_a_stop_string_ends_it_and_says_so(visit, server: ServerProcess) -> None
     expected = answer(server, "quotes", stop=['"'])
     assert page.locator(".out").text_content() == expected["generated_text"]
     expect(page.locator(".reason")).to_contain_text("Met a stop string")
-
-
-def test_a_mix_is_picked_by_its_name(visit, server: ServerProcess) -> None:
-    mix = "quotes:0.7,wilde:0.3"
-    page = visit().page
-    page.goto(link(server, ("",)))
-    page.get_by_role("checkbox", name="demo").uncheck()
-    page.get_by_label("Find a voice").fill(mix)
-    page.get_by_label("Find a voice").press("Enter")
-    page.get_by_role("button", name="Generate").click()
-    finished(page, 1)
-    assert page.locator(".out").text_content() == answer(server, mix)["generated_text"]

@@ -62,6 +62,11 @@ def test_it_works_by_keyboard_alone(visit, server: ServerProcess) -> None:
     assert {"prompt", "generate", "theme", "find", "temperature", "seed", "stops", "code", "copy-code"} <= set(seen)
     assert seen.count("copy-link") == 2, "the focus is trapped"
 
+    address = page.evaluate("location.href")
+    page.locator(".skip").press("Enter")
+    expect(page.locator("#answers")).to_be_focused()
+    assert page.evaluate("location.href") == address, "it holds the setup"
+
     page.get_by_label("Prompt", exact=True).focus()
     page.keyboard.press("Control+Enter")
     expect(page.locator(".card[data-status=streaming]")).to_have_count(1)
@@ -131,7 +136,7 @@ def test_a_link_shares_the_setup_without_the_key(visit, server: ServerProcess) -
 
 
 def test_a_seed_is_rolled_unless_it_is_kept(visit, server: ServerProcess) -> None:
-    page = visit().page
+    page = visit(permissions=["clipboard-read", "clipboard-write"]).page
     page.goto(f"{server.url}/playground")
     page.get_by_label("Max tokens").first.fill("1")
     seeds = []
@@ -140,7 +145,16 @@ def test_a_seed_is_rolled_unless_it_is_kept(visit, server: ServerProcess) -> Non
         finished(page, 3)
         seeds.append(page.get_by_label("Seed", exact=True).input_value())
     assert seeds[0] != seeds[1]
-    page.get_by_label("Keep it").check()
+    page.get_by_role("button", name="Copy link").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    assert parse_qs(page.evaluate("navigator.clipboard.readText()"))["keep"] == ["1"]
+    expect(page).to_have_url(re.compile(f"seed={seeds[1]}"))
+    for kept in (False, True):
+        page.reload()
+        expect(page.get_by_label("Seed", exact=True)).to_have_value(seeds[1])
+        expect(page.get_by_label("Keep it")).to_be_checked(checked=kept)
+        page.get_by_label("Keep it").check()
+        expect(page).to_have_url(re.compile("keep=1"))
     page.get_by_role("button", name="Generate").click()
     finished(page, 3)
     assert page.get_by_label("Seed", exact=True).input_value() == seeds[1]
@@ -151,18 +165,30 @@ def test_a_seed_is_rolled_unless_it_is_kept(visit, server: ServerProcess) -> Non
 def test_a_key_is_asked_for_and_kept_in_the_tab_only(visit, locked: ServerProcess) -> None:
     seen = visit()
     page = seen.page
-    page.goto(link(locked, ("alpha",), max_tokens=4))
+    page.goto(link(locked, ("", "alpha"), max_tokens=4))
     dialog = page.get_by_role("dialog", name="API key")
+    dialog.get_by_role("button", name="Cancel").click()
+    for typed in ("z", ""):
+        page.get_by_label("Find a voice").fill(typed)
+        expect(page.locator("#voices-note")).to_have_text("The list needs the key.")
+    page.locator("#code-voice").select_option("")
+    expect(page.locator("#code")).to_contain_text("Authorization: Bearer $CHORUS_API_KEY")
+    page.get_by_label("openai-python").check()
+    expect(page.locator("#code")).to_contain_text('api_key=os.environ["CHORUS_API_KEY"]')
+    expect(page.locator("#code")).to_contain_text("model=None")  # the base, whose name only the key would tell
+    page.get_by_label("curl").check()
+    page.locator("#open-key").click()
     expect(dialog).to_contain_text("wants a key")
     dialog.get_by_label("Key", exact=True).fill("wrong")
     page.keyboard.press("Enter")
-    expect(dialog).to_be_visible()
+    expect(dialog).to_contain_text("refused this key")
     dialog.get_by_label("Key", exact=True).fill(KEY)
     dialog.get_by_role("button", name="Use this key").click()
     expect(page.get_by_role("checkbox", name="beta")).to_be_visible()
     expect(dialog).to_be_hidden()
+    expect(page.get_by_role("button", name="Remove demo")).to_be_visible()
     page.get_by_role("button", name="Generate").click()
-    finished(page, 1)
+    finished(page, 2)
     assert '-H "Authorization: Bearer $CHORUS_API_KEY"' in page.locator("#code").text_content()
     stored = page.evaluate("JSON.stringify([{...localStorage}, document.cookie, location.href])")
     assert KEY not in stored
@@ -183,7 +209,7 @@ def test_a_refused_adapter_says_why(visit, locked: ServerProcess) -> None:
     expect(page.locator(".card[data-voice=misfit] .reason")).to_contain_text(reason)
 
 
-def test_a_full_server_says_when_to_come_back(visit, server: ServerProcess) -> None:
+def test_a_request_that_is_not_taken_says_why_and_when_to_come_back(visit, server: ServerProcess) -> None:
     page = visit().page
     full = {"error": "1024 requests are waiting", "error_type": "overloaded"}
     page.route("**/generate_stream", lambda r: r.fulfill(status=429, json=full, headers={"Retry-After": "2"}), times=1)
@@ -193,6 +219,13 @@ def test_a_full_server_says_when_to_come_back(visit, server: ServerProcess) -> N
     expect(page.get_by_role("button", name="Try again in")).to_be_disabled()
     page.get_by_role("button", name="Try again", exact=True).click()
     finished(page, 1)
+    limited = {"error": "8 requests of this caller are under way", "error_type": "rate_limited"}
+    page.route("**/generate_stream", lambda r: r.fulfill(status=429, json=limited), times=1)
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator(".reason")).to_have_text(f"Your own limit is reached: {limited['error']}")
+    page.route("**/generate_stream", lambda r: r.abort(), times=1)
+    page.get_by_role("button", name="Generate").click()
+    expect(page.locator(".reason")).to_have_text("The server does not answer.")
 
 
 def test_an_answer_that_breaks_off_is_no_answer(visit, server: ServerProcess) -> None:
@@ -226,9 +259,12 @@ def test_an_empty_setup_says_what_is_missing(visit, server: ServerProcess) -> No
     page = visit().page
     page.goto(link(server, (), prompt=""))
     expect(page.get_by_text("Pick the base or an adapter")).to_be_visible()
+    expect(page.locator("#code")).to_be_empty()
+    expect(page.locator("#copy-code")).to_be_disabled()
     page.get_by_role("button", name="Generate").click()
     expect(page.locator("#notice")).to_contain_text("Pick a voice first")
     page.get_by_role("checkbox", name="love").check()
+    expect(page.locator("#copy-code")).to_be_enabled()
     page.get_by_role("button", name="Generate").click()
     expect(page.locator("#notice")).to_contain_text("Write a prompt first")
     page.get_by_role("button", name=re.compile("^“On love")).click()
@@ -274,15 +310,3 @@ def test_it_works_where_storage_is_closed(visit, server: ServerProcess) -> None:
     finished(seen.page, 3)
     seen.page.locator("#theme").click()
     assert not seen.problems
-
-
-def test_enter_in_the_empty_field_picks_nothing(visit, server: ServerProcess) -> None:
-    page = visit().page
-    page.goto(link(server))
-    expect(page.get_by_role("checkbox", name="love")).to_be_visible()
-    before = page.locator("#picked").text_content()
-    page.get_by_label("Find a voice").press("Enter")
-    expect(page.locator("#picked")).to_have_text(before or "")
-    page.get_by_label("Find a voice").fill("love")
-    page.get_by_label("Find a voice").press("Enter")
-    expect(page.get_by_role("checkbox", name="love")).to_be_checked()
