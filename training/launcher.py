@@ -6,7 +6,7 @@ import os
 import time
 from collections.abc import Callable
 
-HEARD_SECONDS = 10.0  # a launcher ends the others as soon as one ends; in that time the first has said why
+HEARD_SECONDS = 5.0  # a launcher ends the others as soon as one ends; in that time the first has said why
 INTERRUPTED = 130
 
 
