@@ -21,7 +21,10 @@ from server.engine.engine import Engine
 from server.engine.types import FinishReason, Request, SequenceOutput
 from server.model import loader
 from server.model.triton_backend import TritonBackend
+from tests.interpreter import quicken
 from tests.oracle import adapter_ref, make_adapter, make_checkpoint, make_engine, make_prompts, request, run
+
+quicken()
 
 CUDA = torch.cuda.is_available()
 TARGETS = {"a": ["c_attn"], "b": ["c_attn", "c_proj", "c_fc"], "c": ["attn.c_proj"]}
