@@ -35,7 +35,7 @@ class Outcome:
         if missing:
             kind = TrainingError if self.failed else GateFailed
             listed = "".join(f"\n  {name}: {why}" for name, why in missing.items())
-            raise kind(f"{len(missing)} of {self.total()} voices are not published:{listed}")
+            raise kind(f"{len(missing)} of {self.total()} voices did not pass:{listed}")
 
     def total(self) -> int:
         return len(self.published) + len(self.there_before) + len(self.rejected) + len(self.failed)
@@ -66,7 +66,8 @@ def groups(config: TrainConfig, by: str, rows: Mapping[str, Sequence[Any]], mini
     """
     from training.data import tags_of
 
-    column = config.columns.get(by, by) if by == "author" else config.columns.get("tags", "tags")
+    field = "author" if by == "author" else "tags"
+    column = config.columns.get(field, field)
     counted: Counter[str] = Counter()
     for split, raw in rows.items():
         for row in raw if split != "heldout_authors" else ():
@@ -78,7 +79,7 @@ def groups(config: TrainConfig, by: str, rows: Mapping[str, Sequence[Any]], mini
         most = ", ".join(f"{name!r} ({n})" for name, n in counted.most_common(3))
         raise DataError(
             f"--data {config.data}: no {by} in column {column!r} has --min-quotes {minimum} rows"
-            + (f"; the most have {most}" if most else f"; is {column!r} its name? --column {by}=COLUMN says another")
+            + (f"; the most have {most}" if most else f"; is {column!r} its name? --column {field}=COLUMN says another")
         )
     return found
 

@@ -44,7 +44,14 @@ def run_choir(config: TrainConfig, by: str, minimum: int, limit: int | None, tog
         for start in range(0, len(jobs), together):
             members += _batch(jobs[start : start + together], base, weights, ranks, outcome, cache)
         if ranks.first:
-            members += _measured(_jobs(there, base, raw, minimum, outcome), base, weights, cache)
+            before = _measured(_jobs(there, base, raw, minimum, outcome), base, weights, cache)
+            for member in (of for of in before if not of.verdict.passed):
+                name, said = member.config.name, "; ".join(map(str, member.verdict.failed))
+                outcome.there_before.remove(name)
+                outcome.rejected[name] = (
+                    f"{said}. It was published before this gate, and still is: {member.config.folder}"
+                )
+            members += before
             order = list(voices)
             members.sort(key=lambda member: order.index(member.config.name))
             print("\n" + write_choir(Path(config.output), base.name, members, list(outcome.failed.items())))

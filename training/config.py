@@ -75,6 +75,8 @@ class TrainConfig:
             "limit": 1, "max_tokens": 1, "patience": 1, "warmup": 0,
         }.items():  # fmt: skip
             _at_least(name, getattr(self, name), minimum)
+        if self.seed >= 2**32 - 1000:
+            raise ConfigError(f"--seed is {self.seed}: give at most {2**32 - 1001}")
         if self.rank > 512:
             raise ConfigError(f"--rank is {self.rank}: give at most 512")
         for name in ("epochs", "lr", "clip"):

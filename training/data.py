@@ -159,6 +159,11 @@ def _split(corpus: Corpus, splits: Mapping[str, list[Example]], config: TrainCon
         corpus.test, train = train[:held_out], train[held_out:]
     if not corpus.valid and len(train) > 1:
         corpus.valid, train = train[:held_out], train[held_out:]
+    for name, rows in (("validate", corpus.valid), ("test", corpus.test)):
+        if not rows:
+            raise DataError(
+                f"--data {config.data}: {len(train)} rows to train on, too few to {name} on some; give more"
+            )
     if config.limit is not None:
         corpus.filtered["--limit"] += max(0, len(train) - config.limit)
         train = train[: config.limit]

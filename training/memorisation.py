@@ -1,4 +1,4 @@
-"""What of the training texts a sample repeats word for word. Words are those of `data.normalised`.
+"""What of the training texts a sample repeats word for word. Words are those of `texts.normalised`.
 
 A run of words that a sample shares with one training text is found through an index of all runs of SEED words: rare
 enough to have few places, each of which is then followed to its end. Shorter runs are looked up in sets.

@@ -190,7 +190,8 @@ def command(config: TrainConfig) -> str:
     """The command that makes this adapter again: every flag that isn't at its default."""
     default, words = TrainConfig(config.name).recorded(), ["python", "-m", "training", "--name", config.name]
     for key, value in config.recorded().items():
-        if key == "name" or value == default[key] or (key == "alpha" and config.alpha is None) or value is None:
+        unset = config.alpha is None if key == "alpha" else value == default[key]
+        if key == "name" or unset or value is None:
             continue
         if value is True or value is False:
             words.append(flag_of(key) if value else flag_of(key).replace("--", "--no-", 1))
@@ -200,7 +201,7 @@ def command(config: TrainConfig) -> str:
         elif key == "targets":
             value = ",".join(value)
         for item in value if isinstance(value, list) else [value]:
-            words += [flag_of(key), f"{item:g}" if isinstance(item, float) else str(item)]
+            words += [flag_of(key), str(item)]
     return shlex.join(words)
 
 

@@ -100,17 +100,22 @@ def search(config: TrainConfig, spaces: dict[str, Range | Choice], trials: int, 
     from training.data import load_corpus
     from training.distributed import join
     from training.launcher import launched
+    from training.origin import pinned
     from training.recipe import RECIPE_FILE, write_recipe
     from training.run import keep_heap, resolved, summary
     from training.train import Job, train
 
+    adapter = (config.folder / "adapter_config.json").exists()
+    if adapter or (config.partial.exists() and not config.folder.exists()):
+        what = "an adapter" if adapter else "an unfinished run"
+        raise ConfigError(f"--name {config.name}: {config.output} has {what} of this name; give the search another")
     if launched()[1] > 1:
         raise ConfigError("a search runs in one process: start it without a launcher")
     keep_heap()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     ranks = join(config.device)
-    config = resolved(config, ranks)
     base = open_base(config.model)
+    config = pinned(resolved(config, ranks), base)
     corpus = load_corpus(config, base)
     print(summary(config, corpus), flush=True)
     config.folder.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -118,7 +119,10 @@ def _prepare(config: TrainConfig, base: Base, texts: str) -> None:
     if config.resume:
         if not file.is_file():
             raise ConfigError(f"--resume: there is no unfinished run of {config.name!r} in {config.output}")
-        before = json.loads(file.read_text())
+        try:
+            before = json.loads(file.read_text())
+        except ValueError as error:
+            raise ConfigError(f"--resume: {file} can't be read ({error}); start anew with --overwrite") from error
         changed = [key for key in recorded if before.get(key) != recorded[key]]
         if changed:
             changed = [key for key in changed if not key.endswith("_sha256")] or changed  # name the cause
@@ -127,4 +131,6 @@ def _prepare(config: TrainConfig, base: Base, texts: str) -> None:
         return
     shutil.rmtree(config.partial, ignore_errors=True)
     config.partial.mkdir(parents=True)
-    file.write_text(json.dumps(recorded, indent=2) + "\n")
+    whole = file.with_suffix(".new")
+    whole.write_text(json.dumps(recorded, indent=2) + "\n")
+    os.replace(whole, file)

@@ -7,9 +7,11 @@ trained alone or beside others, stopped and taken up again, with the same result
 import math
 import os
 import random
+import struct
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -162,7 +164,7 @@ class Voice:
             self._put(state["weights"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.scheduler.load_state_dict(state["scheduler"])
-        except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+        except (OSError, RuntimeError, KeyError, ValueError, EOFError, UnpicklingError, struct.error) as error:
             raise TrainingError(f"--resume: {file} can't be read ({error}); start anew with --overwrite") from error
         self._best, self._since = state["best"], state["since"]
         self.history = History(**state["history"])

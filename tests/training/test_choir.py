@@ -90,7 +90,7 @@ def test_one_that_fails_is_told_and_leaves_the_others_as_they_are(
         patch.setattr(Voice, "take_step", poisoned)
         assert main(run) == 2
     told = capsys.readouterr().err
-    assert "1 of 4 voices are not published" in told
+    assert "1 of 4 voices did not pass" in told
     assert "author-1: the loss is no longer finite" in told or "author-1: the held-out loss is no longer" in told
     for name in ("author-0", "author-2", "author-3"):
         one, other = weights(tmp_path / name), weights(choir / name)
@@ -106,6 +106,20 @@ def test_one_that_fails_is_told_and_leaves_the_others_as_they_are(
         torch.testing.assert_close(weights(tmp_path / "author-1")[name], tensor, atol=1e-4, rtol=1e-3)
     assert main([*run, "--resume", "--epochs", "2"]) == 2
     assert "author-0 was made by another recipe" in capsys.readouterr().err
+
+
+def test_voices_that_were_there_before_a_gate_are_told_and_stay(
+    choir: Path, tiny_base: Path, quotes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "copy"
+    shutil.copytree(choir, output)
+    run = ["choir", "--min-quotes", "10", *flags(output, tiny_base, quotes), "--resume", "--gate"]
+    assert main(run) == 3
+    told = capsys.readouterr().err
+    assert "4 of 4 voices did not pass" in told
+    assert "author-0: eos_rate is" in told
+    assert "It was published before" in told
+    assert (output / "author-0" / "adapter_config.json").is_file()
 
 
 def test_an_interrupted_choir_goes_on(

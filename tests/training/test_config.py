@@ -31,6 +31,7 @@ from training.report import command
         (["--prompt", "Elsewhere"], "--prompt 'Elsewhere' is not the beginning"),
         (["--resume", "--overwrite"], "give one of them"),
         (["--init-digest", "0" * 64], "--init-digest says what --init-from holds: give that one, too"),
+        (["--seed", "4294967296"], "--seed is 4294967296: give at most"),
         (["--clip", "0"], "--clip is 0.0: give a number above 0"),
         (["--weight-decay", "-1"], "--weight-decay is -1.0: give 0 or more"),
         (["--max-tokens", "0"], "--max-tokens is 0"),
@@ -52,6 +53,11 @@ def test_the_recorded_command_makes_the_same_run() -> None:
     )  # fmt: skip
     again = parse_args(shlex.split(command(config))[3:])
     assert again.recorded() == config.recorded()
+
+
+def test_the_command_keeps_an_alpha_that_another_rank_would_have_and_every_digit() -> None:
+    config = TrainConfig("x", rank=4, alpha=16, lr=0.00234567891234, dropout=0.1234567)
+    assert parse_args(shlex.split(command(config))[3:]).recorded() == config.recorded()
 
 
 def test_a_user_sees_one_line_and_status_2(capsys: pytest.CaptureFixture[str], tmp_path) -> None:

@@ -46,6 +46,21 @@ def test_a_search_goes_on_and_its_best_recipe_trains(
     assert report["training"]["valid_loss"][-1][1] == pytest.approx(losses[0], abs=1e-4), "the trial's loss again"
 
 
+def test_an_adapter_of_the_name_keeps_its_recipe_and_an_unfinished_run_its_checkpoint(
+    tiny_base: Path, quotes_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = flags(tmp_path, tiny_base, quotes_file, "--trials", "1", "--name", "mine")
+    (tmp_path / ".mine.partial").mkdir()
+    assert main(run) == 2
+    assert "has an unfinished run of this name" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "adapter_config.json").write_text("{}")
+    assert main(run) == 2
+    assert "has an adapter of this name" in capsys.readouterr().err
+    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["adapter_config.json"]
+    assert (tmp_path / ".mine.partial").is_dir()
+
+
 def test_spaces() -> None:
     assert space([])["lr"] == Range(3e-4, 1e-2, False)
     assert space([])["rank"] == Choice(("4", "8", "16"))
