@@ -45,7 +45,9 @@ def _main(arguments: list[str]) -> int:
         print(f"error: {error.filename or '--output'}: {error.strerror or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ninterrupted; the same command with --resume goes on from the last checkpoint", file=sys.stderr)
+        trains = not arguments or arguments[0] not in COMMANDS or arguments[0] == "choir"
+        way_on = "; the same command with --resume goes on from the last checkpoint" if trains else ""
+        print(f"\ninterrupted{way_on}", file=sys.stderr)
         return INTERRUPTED
     return 0
 

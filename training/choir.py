@@ -30,7 +30,7 @@ class Outcome:
     failed: dict[str, str] = field(default_factory=dict)  # name -> why
 
     def check(self) -> None:
-        """Raises GateFailed or TrainingError if a voice isn't published."""
+        """Raises GateFailed or TrainingError if a voice failed or didn't pass its gate."""
         missing = self.rejected | self.failed
         if missing:
             kind = TrainingError if self.failed else GateFailed

@@ -2,6 +2,7 @@
 a server that looks into the same place leaves them alone."""
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -92,7 +93,8 @@ def summary(report: Mapping[str, Any]) -> str:
 def confusion(members: Sequence[Finished]) -> Confusion | str:
     """Who is told apart from whom, or why that can't be said."""
     texts = {member.config.name: _texts(member, member.corpus.train) for member in members}
-    usable = [m for m in members if len(texts[m.config.name]) >= LEAST_TEXTS and _held_out(m)]
+    held_out = _held_out(members)
+    usable = [m for m in members if len(texts[m.config.name]) >= LEAST_TEXTS and held_out[m.config.name]]
     if len(usable) < 2:
         return f"it takes two voices with {LEAST_TEXTS} training texts and a held-out one"
     names = [member.config.name for member in usable]
@@ -102,12 +104,12 @@ def confusion(members: Sequence[Finished]) -> Confusion | str:
         taken = classifier.predict(of_texts)
         return [round(taken.count(name) / max(1, len(taken)), 4) for name in names]
 
-    real = [shares(_held_out(member)) for member in usable]
+    real = [shares(held_out[name]) for name in names]
     written_by = [member.evaluation.adapter_texts() for member in usable]
     return Confusion(
         names,
         round(sum(row[i] for i, row in enumerate(real)) / len(names), 4),
-        [len(_held_out(member)) for member in usable],
+        [len(held_out[name]) for name in names],
         real,
         [shares(of_texts) for of_texts in written_by],
         [len(of_texts) for of_texts in written_by],
@@ -115,8 +117,17 @@ def confusion(members: Sequence[Finished]) -> Confusion | str:
     )
 
 
-def _held_out(member: Finished) -> list[str]:
-    return _texts(member, [*member.corpus.valid, *member.corpus.test])
+def _held_out(members: Sequence[Finished]) -> dict[str, list[str]]:
+    """Each voice's own held-out texts: none that another was trained on, as one with two tags may be, or shares."""
+    trained = {row.key for member in members for row in member.corpus.train}
+    rows = {member.config.name: [*member.corpus.valid, *member.corpus.test] for member in members}
+    times = Counter(row.key for of_voice in rows.values() for row in of_voice)
+    return {
+        member.config.name: _texts(
+            member, [row for row in rows[member.config.name] if row.key not in trained and times[row.key] == 1]
+        )
+        for member in members
+    }
 
 
 def _texts(member: Finished, rows: Sequence[Example]) -> list[str]:

@@ -44,7 +44,7 @@ def run_choir(config: TrainConfig, by: str, minimum: int, limit: int | None, tog
         for start in range(0, len(jobs), together):
             members += _batch(jobs[start : start + together], base, weights, ranks, outcome, cache)
         if ranks.first:
-            before = _measured(_jobs(there, base, raw, minimum, outcome), base, weights, cache)
+            before = _measured(_jobs(there, base, raw, minimum, outcome), base, weights, ranks, cache)
             for member in (of for of in before if not of.verdict.passed):
                 name, said = member.config.name, "; ".join(map(str, member.verdict.failed))
                 outcome.there_before.remove(name)
@@ -85,12 +85,14 @@ def _batch(
     return members
 
 
-def _measured(jobs: Sequence[Job], base: Base, weights: Any, cache: BaseCache) -> list[Finished]:
+def _measured(
+    jobs: Sequence[Job], base: Base, weights: Any, ranks: Ranks, cache: BaseCache
+) -> list[Finished]:  # fmt: skip
     """The voices that were there before, measured again for the choir's table: same seeds, same samples."""
     members = []
     for job in jobs:
         config = replace(job.config, init_from=str(job.config.folder), init_digest=None)
-        model: Any = fresh(weights, [pinned(config, base)], base)
+        model: Any = fresh(weights, [pinned(config, base)], base).to(ranks.device)
         evaluation = evaluate(model, name_in_model(0), base, job.corpus, job.config, cache)
         history = history_of(job.config.folder)
         members.append(Finished(job.config, job.corpus, history, evaluation, judge(job.config.gate, evaluation)))

@@ -123,7 +123,13 @@ def add_flags(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) ->
     add(run, "accumulate", "--accumulate", "passes in one step", type=int, metavar="N")
     add(run, "checkpointing", "--checkpointing", "save memory: compute activations again in the backward pass",
         action=argparse.BooleanOptionalAction)  # fmt: skip
-    add(run, "dtype", "--dtype", "of the computation; auto: bfloat16 where the device is faster in it", choices=DTYPES)
+    add(
+        run,
+        "dtype",
+        "--dtype",
+        "of the computation; auto: bfloat16 on GPUs that have it, float32 on CPUs",
+        choices=DTYPES,
+    )
     add(run, "device", "--device", "auto: a GPU if there is one", choices=DEVICES)
     add(run, "resume", "--resume", "go on from the last checkpoint of an unfinished run", action="store_true")
     add(run, "overwrite", "--overwrite", "replace an adapter or an unfinished run of this name", action="store_true")

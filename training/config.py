@@ -102,7 +102,11 @@ class TrainConfig:
                 "--ensure resumes by itself and never overwrites: give it without --resume and --overwrite"
             )
         check_gate(self.gate or {})
-        self.parsed_template()
+        known = {*self.parsed_template().fields, "author", "tags"}
+        if surplus := sorted(set(self.columns) - known):
+            raise ConfigError(
+                f"--column {surplus[0]}=...: there is no such field; it may be {', '.join(sorted(known))}"
+            )
 
     def parsed_template(self) -> Template:
         """The template, split into prompt and completion."""

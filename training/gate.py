@@ -49,7 +49,6 @@ class Check:
 
     figure: str
     required: str  # such as "at least 0.9"
-    limit: float
     found: float | None
     passed: bool
 
@@ -105,7 +104,7 @@ def _check(figure: str, limit: float, evaluation: "Evaluation") -> Check:
     holds: Callable[[float], bool] = {
         "at least": lambda x: x >= limit, "at most": lambda x: x <= limit, "below": lambda x: x < limit,
     }[word]  # fmt: skip
-    return Check(figure, f"{word} {limit:g}", limit, found, found is not None and holds(found))
+    return Check(figure, f"{word} {limit:g}", found, found is not None and holds(found))
 
 
 def _found(figure: str, evaluation: "Evaluation") -> list[float]:

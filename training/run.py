@@ -13,7 +13,7 @@ from training import report
 from training.base import Base, open_base
 from training.config import TrainConfig
 from training.data import Corpus, load_corpus
-from training.distributed import Ranks, faster_dtype, join
+from training.distributed import Ranks, auto_dtype, join
 from training.errors import GateFailed, TrainingError
 from training.evaluate import BaseCache, Evaluation, evaluate
 from training.gate import Verdict, judge
@@ -69,7 +69,7 @@ def run(config: TrainConfig) -> None:
 
 def resolved(config: TrainConfig, ranks: Ranks) -> TrainConfig:
     """The configuration with what `auto` means here."""
-    return replace(config, dtype=faster_dtype(ranks.device)) if config.dtype == "auto" else config
+    return replace(config, dtype=auto_dtype(ranks.device)) if config.dtype == "auto" else config
 
 
 def finish(job: Job, voice: Voice, model: PeftModel, base: Base, cache: BaseCache | None = None) -> Finished:

@@ -32,6 +32,7 @@ from training.report import command
         (["--resume", "--overwrite"], "give one of them"),
         (["--init-digest", "0" * 64], "--init-digest says what --init-from holds: give that one, too"),
         (["--seed", "4294967296"], "--seed is 4294967296: give at most"),
+        (["--column", "quotes=text"], "--column quotes=...: there is no such field; it may be author, quote, tags"),
         (["--clip", "0"], "--clip is 0.0: give a number above 0"),
         (["--weight-decay", "-1"], "--weight-decay is -1.0: give 0 or more"),
         (["--max-tokens", "0"], "--max-tokens is 0"),

@@ -37,7 +37,7 @@ def failed(gate: dict[str, float], of: Evaluation) -> list[str]:
 def test_the_default_gate_looks_at_the_worse_form_of_its_own_prompts() -> None:
     verdict = judge({}, evaluation())
     assert verdict.passed
-    assert {check.figure: check.limit for check in verdict.checks} == DEFAULT
+    assert {check.figure for check in verdict.checks} == DEFAULT.keys()
     assert [check.found for check in verdict.checks] == [0.95, 0.9, 0.9, 0.0]
 
 

@@ -152,6 +152,15 @@ def test_a_choir_is_told_apart_and_written_as_files(tmp_path: Path, tiny_base: P
     assert "right on 100.0% of real held-out texts (chance 33.3%)" in lines[-1]
 
 
+def test_a_text_that_a_voice_learned_or_that_two_hold_out_tells_nobody_apart(tmp_path: Path) -> None:
+    sea, land = (member(name, words, tmp_path, None) for name, words in (("sea", "wave sail"), ("land", "barn acre")))
+    sea.corpus.test[0] = land.corpus.train[0]
+    sea.corpus.test[1] = land.corpus.test[1]
+    told = confusion([sea, land])
+    assert not isinstance(told, str)
+    assert told.texts == [1, 2]
+
+
 def test_one_voice_is_no_choir_to_be_told_apart_in(tmp_path: Path) -> None:
     alone = [member("sea", "wave sail harbour", tmp_path, None)]
     assert "it takes two voices" in str(confusion(alone))
