@@ -5,6 +5,7 @@ Its configuration and tokenizer are read first, its weights only when the data i
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,19 @@ class Base:
 
     def weights_sha256(self) -> str:
         """sha256 of the weights file; of several shards, over all of them in order of name."""
-        digest = hashlib.sha256()
-        for shard in sorted(self.folder.glob("model*.safetensors")):
-            digest.update(shard.read_bytes())
-        return digest.hexdigest()
+        shards = sorted(self.folder.glob("model*.safetensors"))
+        return _sha256(tuple((shard, shard.stat().st_size, shard.stat().st_mtime_ns) for shard in shards))
+
+
+@lru_cache(maxsize=4)
+def _sha256(shards: tuple[tuple[Path, int, int], ...]) -> str:
+    """Over all files in order, each as (path, size, time of change): a choir asks once for each voice."""
+    digest = hashlib.sha256()
+    for shard, _, _ in shards:
+        with shard.open("rb") as file:
+            while part := file.read(2**20):
+                digest.update(part)
+    return digest.hexdigest()
 
 
 def open_base(model: str) -> Base:

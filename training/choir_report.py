@@ -144,7 +144,7 @@ def _voice(member: Finished, output: Path) -> dict[str, Any]:
     }
     compared = member.evaluation.perplexities.get("test")
     passed, config = member.verdict.passed, member.config
-    folder = config.folder if passed else config.rejected
+    folder = member.folder
     return {
         "name": config.name,
         "authors": list(config.authors),
@@ -155,7 +155,7 @@ def _voice(member: Finished, output: Path) -> dict[str, Any]:
         "steps": member.history.steps,
         "gate": ("passed" if passed else "failed") if member.verdict.checks else "none",
         "gate_failed": [str(check) for check in member.verdict.failed],
-        "ratio": asdict(compared.ratio) | {"examples": compared.examples} if compared else None,
+        "ratio": asdict(compared.ratio) | {"examples": compared.examples} if compared and compared.ratio else None,
         "figures": figures,
     }
 

@@ -15,12 +15,12 @@ from training.errors import ConfigError, DataError, GateFailed, TrainingError
 from training.evaluate import BaseCache, evaluate
 from training.gate import judge
 from training.origin import pinned
-from training.output import RUN_FILE, check_output
+from training.output import begun, check_output, mark, replaces
 from training.recipe import RECIPE_FILE, read_recipe
 from training.report import history_of
 from training.run import Finished, finish, keep_heap, quiet, resolved, told
 from training.sources import RawRow, read_source
-from training.train import Job, fresh, name_in_model, train
+from training.train import Job, check_resumed, fresh, name_in_model, train
 
 
 def run_choir(config: TrainConfig, by: str, minimum: int, limit: int | None, together: int) -> Outcome:
@@ -30,12 +30,16 @@ def run_choir(config: TrainConfig, by: str, minimum: int, limit: int | None, tog
     outcome = Outcome()
     try:
         base = ranks.everywhere(lambda: open_base(config.model))
-        config = ranks.everywhere(lambda: pinned(resolved(config, ranks), base))
+        config = resolved(config, ranks)
+        config = ranks.everywhere(lambda: pinned(config, base))
         raw = ranks.everywhere(lambda: read_source(config.data))
         found = ranks.everywhere(lambda: groups(config, by, raw, minimum)[:limit])
         voices = configs(config, by, [value for value, _ in found])
         wanted, there = ranks.first_does(lambda: _wanted(voices, outcome))
         jobs = _jobs(wanted, base, raw, minimum, outcome)
+        broken = ranks.first_does(lambda: _broken(jobs, base))
+        outcome.failed |= broken
+        jobs = [job for job in jobs if job.config.name not in broken]
         if ranks.first:
             print(f"{config.data}: {len(found)} voices by {by}; {len(jobs)} to train", flush=True)
         weights = ranks.everywhere(base.load)
@@ -44,7 +48,7 @@ def run_choir(config: TrainConfig, by: str, minimum: int, limit: int | None, tog
         for start in range(0, len(jobs), together):
             members += _batch(jobs[start : start + together], base, weights, ranks, outcome, cache)
         if ranks.first:
-            before = _measured(_jobs(there, base, raw, minimum, outcome), base, weights, ranks, cache)
+            before = _measured(_jobs(there, base, raw, minimum, outcome, True), base, weights, ranks, cache)
             for member in (of for of in before if not of.verdict.passed):
                 name, said = member.config.name, "; ".join(map(str, member.verdict.failed))
                 outcome.there_before.remove(name)
@@ -85,6 +89,18 @@ def _batch(
     return members
 
 
+def _broken(jobs: Sequence[Job], base: Base) -> dict[str, str]:
+    """The jobs whose unfinished run can't be gone on with, and why: they would end the others' batch."""
+    found: dict[str, str] = {}
+    for job in jobs:
+        try:
+            if job.config.resume:
+                check_resumed(job, base)
+        except TrainingError as error:
+            found[job.config.name] = str(error)
+    return found
+
+
 def _measured(
     jobs: Sequence[Job], base: Base, weights: Any, ranks: Ranks, cache: BaseCache
 ) -> list[Finished]:  # fmt: skip
@@ -95,7 +111,8 @@ def _measured(
         model: Any = fresh(weights, [pinned(config, base)], base).to(ranks.device)
         evaluation = evaluate(model, name_in_model(0), base, job.corpus, job.config, cache)
         history = history_of(job.config.folder)
-        members.append(Finished(job.config, job.corpus, history, evaluation, judge(job.config.gate, evaluation)))
+        verdict = judge(job.config.gate, evaluation)
+        members.append(Finished(job.config, job.corpus, history, evaluation, verdict, job.config.folder))
         _unload(model)
     return members
 
@@ -120,7 +137,7 @@ def _wanted(
     wanted: dict[str, TrainConfig] = {}
     there: dict[str, TrainConfig] = {}
     for name, config in voices.items():
-        if config.resume and config.folder.exists():
+        if config.resume and config.folder.exists() and not replaces(config):
             if _recipe(config.folder) == config.recorded():
                 outcome.there_before.append(name)
                 there[name] = config
@@ -128,7 +145,9 @@ def _wanted(
                 outcome.failed[name] = f"{config.folder} was made by another recipe; --overwrite replaces it"
         else:
             check_output(config)
-            wanted[name] = replace(config, resume=config.resume and (config.partial / RUN_FILE).is_file())
+            wanted[name] = replace(config, resume=config.resume and begun(config))
+            if config.overwrite and config.folder.exists():
+                mark(config)  # an interruption before its turn is not to leave it as it is
     return wanted, there
 
 
@@ -139,12 +158,14 @@ def _recipe(folder: Path) -> dict[str, Any] | None:
 
 
 def _jobs(
-    voices: Mapping[str, TrainConfig], base: Base, raw: Mapping[str, list[RawRow]], minimum: int, outcome: Outcome
-) -> list[Job]:
+    voices: Mapping[str, TrainConfig], base: Base, raw: Mapping[str, list[RawRow]], minimum: int, outcome: Outcome,
+    finished: bool = False,
+) -> list[Job]:  # fmt: skip
+    """A job for each voice whose data can be used: to be trained, or, `finished`, to be measured again."""
     jobs = []
     for name, config in voices.items():
         try:
-            corpus = load_corpus(config, base, raw)
+            corpus = load_corpus(config, base, raw, config.folder if finished else None)
             usable = len(corpus.train) + len(corpus.valid) + len(corpus.test)
             if usable < minimum:
                 raise DataError(f"{usable} of its rows can be used, fewer than --min-quotes {minimum}")

@@ -127,7 +127,7 @@ def add_flags(parser: argparse.ArgumentParser, leave_out: Sequence[str] = ()) ->
         run,
         "dtype",
         "--dtype",
-        "of the computation; auto: bfloat16 on GPUs that have it, float32 on CPUs",
+        "of the computation; auto: bfloat16 on GPUs and CPUs that compute it at speed, otherwise float32",
         choices=DTYPES,
     )
     add(run, "device", "--device", "auto: a GPU if there is one", choices=DEVICES)

@@ -10,11 +10,11 @@ from typing import Any
 
 from training.config import QUOTES, TrainConfig, flag_of, stable_path
 from training.errors import DataError
+from training.seen import HELD_OUT_SHARE, place
 from training.sources import read_source
 from training.template import Template, fill
 from training.texts import normalised, plain
 
-HELD_OUT_SHARE = 0.1  # of a contrast that has no splits of its own
 _HELD_OUT = ("valid", "test")
 _TEXT_COLUMNS = ("quote", "text")  # of a source that lacks the template's own
 
@@ -87,7 +87,8 @@ def completion(
 def _split(
     source: str, texts: Mapping[str, Sequence[str]], own: Iterable[str], config: TrainConfig
 ) -> Contrast:  # fmt: skip
-    """Held-out texts are those of the source's own valid and test splits; without them, a seeded share."""
+    """Held-out texts are those of the source's own valid and test splits; without them, those that every run of it
+    holds out."""
     seen = set(own)
 
     def fresh(splits: Iterable[str]) -> list[str]:
@@ -103,6 +104,6 @@ def _split(
     train = fresh(split for split in texts if split not in _HELD_OUT)
     random.Random(config.seed).shuffle(train)
     if not held_out:
-        count = round(HELD_OUT_SHARE * len(train))
-        held_out, train = train[:count], train[count:]
+        held_out = [text for text in train if place(normalised(text)) < 2 * HELD_OUT_SHARE]
+        train = [text for text in train if place(normalised(text)) >= 2 * HELD_OUT_SHARE]
     return Contrast(source, train, held_out)

@@ -9,19 +9,21 @@ import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from training.base import Base
 from training.config import TrainConfig
 from training.contrast import Contrast, completion, gather, written
 from training.errors import DataError
+from training.seen import HELD_OUT_SHARE, digest_of, learned_by, place
 from training.sources import RawRow, read_source
 from training.template import Template, fill
 from training.texts import normalised, plain
 
-HELD_OUT_SHARE = 0.05
-MAX_HELD_OUT = 500
+LEAST_HELD_OUT, MAX_HELD_OUT = 3, 500  # texts to validate, and to test on
 DUPLICATE, LEAK, LEAKS_SHOWN = "duplicate", "in another split, too", 3
+BEYOND = f"held out beyond the {MAX_HELD_OUT} that are measured"
 _ORDER = ("heldout_authors", "test", "valid", "train", "all")
 
 
@@ -58,10 +60,14 @@ class Corpus:
     filtered: Counter[str] = field(default_factory=Counter)  # flag -> rows it left out
     others: dict[str, list[str]] = field(default_factory=dict)  # split -> what --author and --tag left out
     contrast: Contrast = field(default_factory=Contrast)  # what the style is told apart from
+    learned: frozenset[bytes] = frozenset()  # digests of what was learned before: it is never measured on
 
 
-def load_corpus(config: TrainConfig, base: Base, raw: Mapping[str, list[RawRow]] | None = None) -> Corpus:
-    """Read, filter and encode the data. `raw`: its rows, where they have been read already.
+def load_corpus(
+    config: TrainConfig, base: Base, raw: Mapping[str, list[RawRow]] | None = None, of: Path | None = None
+) -> Corpus:
+    """Read, filter and encode the data. `raw`: its rows, where they have been read already; `of`: a finished adapter's
+    folder, where it is to be measured. What that one, or the run's origin, has learned is held out of nothing.
 
     Raises DataError if a column or an author isn't there, no row is usable, splits share a text, or --contrast can't be
     read.
@@ -73,7 +79,8 @@ def load_corpus(config: TrainConfig, base: Base, raw: Mapping[str, list[RawRow]]
     _check_columns(config, columns, raw)
     if config.authors:
         _check_authors(config, columns["author"], raw)
-    corpus = Corpus()
+    learned = [learned_by(Path(folder)) for folder in (of, config.init_from) if folder is not None]
+    corpus = Corpus(learned=frozenset().union(*learned))
     seen: dict[str, RawRow] = {}
     splits: dict[str, list[Example]] = {}
     for split in _ORDER:
@@ -142,32 +149,49 @@ def _examples(
 
 
 def _split(corpus: Corpus, splits: Mapping[str, list[Example]], config: TrainConfig) -> None:
-    """Fill the corpus's splits; a source that has none, or whose filters emptied one, is split by the seed."""
-    corpus.heldout_authors = splits["heldout_authors"]
-    train = [*splits["train"], *splits["all"]]
-    usable = len(train) + len(splits["valid"]) + len(splits["test"])
+    """Fill the corpus's splits; of a source without one, or whose filters emptied it, texts are held out by `place`."""
+    usable = sum(len(splits[name]) for name in ("train", "all", "valid", "test"))
     if usable == 0:
         raise DataError(_no_rows(config, corpus))
-    random.Random(config.seed).shuffle(train)
-    held_out = min(MAX_HELD_OUT, max(1, round(HELD_OUT_SHARE * len(train))))
-    if not train:
-        raise DataError(f"--data {config.data}: {usable} usable rows to measure on, and none to train on")
     if usable < 3:
         raise DataError(f"--data {config.data}: {usable} usable rows; give at least 3, to train, validate and test on")
-    corpus.valid, corpus.test = splits["valid"], splits["test"]
-    if not corpus.test and len(train) > 1:
-        corpus.test, train = train[:held_out], train[held_out:]
-    if not corpus.valid and len(train) > 1:
-        corpus.valid, train = train[:held_out], train[held_out:]
-    for name, rows in (("validate", corpus.valid), ("test", corpus.test)):
-        if not rows:
-            raise DataError(
-                f"--data {config.data}: {len(train)} rows to train on, too few to {name} on some; give more"
-            )
+    train = [*splits["train"], *splits["all"]]
+    if not train:
+        raise DataError(f"--data {config.data}: {usable} usable rows to measure on, and none to train on")
+    held_out = {name: _unlearned(corpus, splits[name]) for name in ("test", "valid", "heldout_authors")}
+    for name, low in (("test", 0.0), ("valid", HELD_OUT_SHARE)):
+        if not held_out[name]:
+            held_out[name], train = _set_aside(corpus, train, low)
+        if not held_out[name]:
+            verb = {"test": "test", "valid": "validate"}[name]
+            before = ", which the adapter hasn't learned," if corpus.learned else ""
+            raise DataError(f"--data {config.data}: too few rows to {verb} on some{before} of {usable}; give more")
+    corpus.test, corpus.valid, corpus.heldout_authors = held_out["test"], held_out["valid"], held_out["heldout_authors"]
+    random.Random(config.seed).shuffle(train)
     if config.limit is not None:
         corpus.filtered["--limit"] += max(0, len(train) - config.limit)
         train = train[: config.limit]
     corpus.train = train
+
+
+def _unlearned(corpus: Corpus, rows: Sequence[Example]) -> list[Example]:
+    left = [row for row in rows if digest_of(row.key) not in corpus.learned]
+    if len(left) < len(rows):
+        corpus.filtered["held out here, learned before"] += len(rows) - len(left)
+    return left
+
+
+def _set_aside(corpus: Corpus, rows: Sequence[Example], low: float) -> tuple[list[Example], list[Example]]:
+    """Rows to measure on, and those that are left to train on. Few rows give a tenth, the nearest."""
+    free = sorted((row for row in rows if digest_of(row.key) not in corpus.learned), key=lambda row: place(row.key))
+    chosen = [row for row in free if low <= place(row.key) < low + HELD_OUT_SHARE]
+    least = min(LEAST_HELD_OUT, max(1, len(rows) // 10))
+    if len(chosen) < least and len(rows) > 1:
+        chosen = free[:least]
+    if len(chosen) > MAX_HELD_OUT:
+        corpus.filtered[BEYOND] += len(chosen) - MAX_HELD_OUT
+    keys = {row.key for row in chosen}
+    return chosen[:MAX_HELD_OUT], [row for row in rows if row.key not in keys]
 
 
 def _common(ids: Sequence[int], prompt: Sequence[int]) -> int:

@@ -92,7 +92,10 @@ def join(device: str = "auto") -> Ranks:
 
 
 def auto_dtype(device: torch.device) -> str:
-    """What `--dtype auto` means: bfloat16 on GPUs that compute it at speed, fp32 on CPUs (decision 12)."""
+    """What `--dtype auto` means: bfloat16 where the device computes it at speed, otherwise fp32 (decision 12)."""
     if device.type == "cuda":
-        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    return "float32"
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        capabilities = getattr(torch.cpu, "get_capabilities", dict[str, Any])()  # torch 2.11 has none
+        fast = any(capabilities.get(name) for name in ("avx512_bf16", "amx_bf16"))
+    return "bfloat16" if fast else "float32"

@@ -86,7 +86,7 @@ def _measure(folders: Sequence[str], given: dict[str, Any]) -> list[Measured]:
         values: dict[str, Any] = {"name": name if NAME_PATTERN.fullmatch(name) else "adapter"} | recorded | given
         config = TrainConfig(**values)
         base = open_base(config.model)
-        jobs.append((adapter, config, base, adapter.digest(base), load_corpus(config, base)))
+        jobs.append((adapter, config, base, adapter.digest(base), load_corpus(config, base, of=adapter.folder)))
     measured: list[Measured] = []
     weights, of = None, None
     for adapter, config, base, digest, corpus in jobs:

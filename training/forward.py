@@ -10,15 +10,21 @@ The base's own dropout (0.1 in gpt2-medium's configuration) is left out: what is
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from training.loss import frozen_head_losses
 from training.packing import Packed
+
+PLAIN_ATTENTION = (
+    192  # places of a row up to which torch's fused attention in bf16 is the slower on a CPU (decision 12)
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,9 @@ def _attention(packed: Packed, qkv: torch.Tensor, number: int, config: Any) -> t
         scale /= number + 1
     grid = qkv.new_zeros(packed.rows * packed.longest, 3 * width).index_copy(0, packed.places, qkv)
     grid = grid.view(packed.rows, packed.longest, 3, heads, -1).permute(2, 0, 3, 1, 4)  # [3, R, H, T, Dh]
-    mixed = functional.scaled_dot_product_attention(grid[0], grid[1], grid[2], is_causal=True, scale=scale)
+    plain = qkv.device.type == "cpu" and qkv.dtype == torch.bfloat16 and packed.longest <= PLAIN_ATTENTION
+    with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+        mixed = functional.scaled_dot_product_attention(grid[0], grid[1], grid[2], is_causal=True, scale=scale)
     return mixed.transpose(1, 2).reshape(-1, width).index_select(0, packed.places)  # [N, C]
 
 

@@ -110,7 +110,8 @@ def _check(figure: str, limit: float, evaluation: "Evaluation") -> Check:
 def _found(figure: str, evaluation: "Evaluation") -> list[float]:
     """The figure of each prompt form; of what is not sampled, one."""
     if figure == "perplexity_ratio":
-        return [of_set.ratio.high for name, of_set in evaluation.perplexities.items() if name == PROMPTS]
+        own = evaluation.perplexities.get(PROMPTS)
+        return [own.ratio.high] if own is not None and own.ratio is not None else []
     metric = "style_rate" if figure == "style_gain" else figure
     rows = [row for row in evaluation.rows if row.metric == metric and row.prompts == PROMPTS]
     pairs = [(_value(row.base), _value(row.adapter)) for row in rows]

@@ -1,4 +1,7 @@
-"""Figures with their uncertainty: Wilson's interval of a share, the bootstrap's of a perplexity. It knows no models."""
+"""Figures with their uncertainty: Wilson's interval of a share, the bootstrap's of a perplexity, Student's of a ratio.
+
+It knows no models.
+"""
 
 import math
 from collections.abc import Sequence
@@ -41,11 +44,14 @@ class Interval:
 
 @dataclass(frozen=True)
 class Perplexities:
-    """Base and adapter on the same examples; `ratio` is adapter / base, its interval paired: below 1 is better."""
+    """Base and adapter on the same examples; `ratio` is adapter / base, its interval paired: below 1 is better.
+
+    One example has a ratio, but nothing that would say how sure it is: None.
+    """
 
     base: Interval
     adapter: Interval
-    ratio: Interval
+    ratio: Interval | None
     examples: int
     tokens: int
 
@@ -55,8 +61,10 @@ def perplexities(
 ) -> Perplexities:  # fmt: skip
     """From each example's summed loss in nats and its number of tokens, the same examples in both.
 
-    The interval is the percentile bootstrap's over RESAMPLES draws of whole examples, every token weighing the same:
-    tokens of one text are not independent of each other, texts are taken to be.
+    The perplexities' intervals are the percentile bootstrap's over RESAMPLES draws of whole examples, every token
+    weighing the same: tokens of one text are not independent of each other, texts are taken to be. The bootstrap of a
+    handful is too sure of itself, and a gate judges by the ratio: its interval is Student's, of the linearised ratio
+    of sums (Cochran, Sampling Techniques, 1977, section 6.3).
     """
     tokens = np.array([count for _, count in base], dtype=np.float64)  # [E]
     losses = np.array([[total for total, _ in base], [total for total, _ in adapter]])  # [2, E]
@@ -65,7 +73,7 @@ def perplexities(
     return Perplexities(
         _interval(means[0], drawn[0]),
         _interval(means[1], drawn[1]),
-        _interval(means[1] - means[0], drawn[1] - drawn[0], digits=4),
+        _ratio(losses[1] - losses[0], tokens),
         len(base),
         int(tokens.sum()),
     )
@@ -80,9 +88,22 @@ def _resampled_means(losses: np.ndarray, tokens: np.ndarray, seed: int):
         left -= draws
 
 
-def _interval(log_value: float, log_drawn: np.ndarray, digits: int = 3) -> Interval:
+def _ratio(differences: np.ndarray, tokens: np.ndarray) -> Interval | None:
+    """exp(sum of differences / sum of tokens)."""
+    from scipy.stats import t  # imported late: it takes half a second
+
+    examples = len(tokens)
+    if examples < 2:
+        return None
+    mean = differences.sum() / tokens.sum()
+    spread = math.sqrt(((differences - mean * tokens) ** 2).sum() / (examples - 1) / examples) / tokens.mean()
+    half = float(t.ppf(0.975, examples - 1)) * spread
+    return Interval(*(round(_exp(float(x)), 4) for x in (mean, mean - half, mean + half)))
+
+
+def _interval(log_value: float, log_drawn: np.ndarray) -> Interval:
     low, high = np.quantile(log_drawn, (0.025, 0.975))
-    return Interval(*(round(_exp(float(x)), digits) for x in (log_value, low, high)))
+    return Interval(*(round(_exp(float(x)), 3) for x in (log_value, low, high)))
 
 
 def _exp(x: float) -> float:

@@ -1,14 +1,19 @@
 """Where a run's files go: checkpoints and unfinished files aside, the adapter's folder whole or not at all."""
 
+import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from training.config import TrainConfig
 from training.errors import ConfigError
 
 RUN_FILE = "run.json"  # what the unfinished run in a folder is
+REPLACES = "replaces"  # in RUN_FILE: whether it is to replace an adapter
+_MARK = json.dumps({REPLACES: True})
 REPLACED = "replaced"  # in the run's own folder, for as long as replacing takes
 
 
@@ -17,7 +22,7 @@ def settled(config: TrainConfig) -> TrainConfig | None:
     if config.ensure:
         if config.folder.exists():
             return None
-        unfinished = (config.partial / RUN_FILE).is_file()
+        unfinished = begun(config)
         config = replace(config, ensure=False, resume=unfinished, overwrite=not unfinished)
     check_output(config)
     return config
@@ -28,13 +33,43 @@ def check_output(config: TrainConfig) -> None:
     config.folder.parent.mkdir(parents=True, exist_ok=True)
     if (config.partial / REPLACED).is_dir() and not config.folder.exists():
         os.rename(config.partial / REPLACED, config.folder)
-    if config.folder.exists() and not config.overwrite:
+    if config.folder.exists() and not (config.overwrite or (config.resume and replaces(config))):
         raise ConfigError(f"{config.folder} exists: choose another --name, or --overwrite to replace it")
     if config.partial.exists() and not (config.resume or config.overwrite):
         raise ConfigError(
             f"an unfinished run of {config.name!r} is in {config.output}: --resume to go on with it, or --overwrite to "
             "start anew"
         )
+
+
+def replaces(config: TrainConfig) -> bool:
+    """Whether the unfinished run in `config.partial` began with --overwrite, to replace the adapter that is there."""
+    try:
+        return bool(json.loads((config.partial / RUN_FILE).read_text())[REPLACES])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def begun(config: TrainConfig) -> bool:
+    """Whether an unfinished run of this name has begun: one that is only marked to replace an adapter has not."""
+    file = config.partial / RUN_FILE
+    return file.is_file() and file.read_text() != _MARK
+
+
+def mark(config: TrainConfig) -> None:
+    """Note that a run that has yet to begin is to replace the adapter that is there."""
+    shutil.rmtree(config.partial, ignore_errors=True)
+    config.partial.mkdir(parents=True)
+    (config.partial / RUN_FILE).write_text(_MARK)
+
+
+def start(config: TrainConfig, recorded: Mapping[str, Any]) -> None:
+    """Begin an unfinished run in `config.partial`: what it is, written whole; whatever was there goes."""
+    shutil.rmtree(config.partial, ignore_errors=True)
+    config.partial.mkdir(parents=True)
+    whole = config.partial / f"{RUN_FILE}.new"
+    whole.write_text(json.dumps({**recorded, REPLACES: config.folder.exists()}, indent=2) + "\n")
+    os.replace(whole, config.partial / RUN_FILE)
 
 
 def fresh_folder(config: TrainConfig) -> Path:

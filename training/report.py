@@ -19,6 +19,7 @@ from training.figures import METRICS
 from training.gate import Verdict
 from training.intervals import Interval, Rate
 from training.sampling import greedy
+from training.seen import digest_of, packed
 from training.template import fill
 from training.voice import History
 
@@ -44,6 +45,7 @@ def write_report(
         "data": {
             "used": {s: len(getattr(corpus, s)) for s in ("train", "valid", "test", "heldout_authors")},
             "filtered": dict(corpus.filtered),
+            "train_texts": packed({digest_of(row.key) for row in corpus.train} | corpus.learned),
             "skipped_by_reason": dict(Counter(row.reason for row in corpus.skipped)),
             "skipped": [asdict(row) for row in corpus.skipped],
         },
@@ -66,6 +68,7 @@ def write_report(
         "perplexity_ratio": {
             name: asdict(of.ratio) | {"examples": of.examples, "tokens": of.tokens}
             for name, of in evaluation.perplexities.items()
+            if of.ratio is not None
         },
         "lengths": [lengths_of(sampled) for sampled in evaluation.sampled],
         "style": {"reason": style} if isinstance(style, str) else asdict(style) | {"reason": None},

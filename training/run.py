@@ -5,6 +5,7 @@ import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
@@ -36,6 +37,7 @@ class Finished:
     history: History
     evaluation: Evaluation
     verdict: Verdict
+    folder: Path
 
 
 def run(config: TrainConfig) -> None:
@@ -48,7 +50,8 @@ def run(config: TrainConfig) -> None:
             print(f"{config.folder} is there already: nothing to do")
             return
         base = ranks.everywhere(lambda: open_base(todo.model))
-        config = ranks.everywhere(lambda: pinned(resolved(todo, ranks), base))
+        wanted = resolved(todo, ranks)
+        config = ranks.everywhere(lambda: pinned(wanted, base))
         job = Job(config, ranks.everywhere(lambda: load_corpus(config, base)))
         if ranks.first:
             print(summary(config, job.corpus), flush=True)
@@ -68,8 +71,9 @@ def run(config: TrainConfig) -> None:
 
 
 def resolved(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """The configuration with what `auto` means here."""
-    return replace(config, dtype=auto_dtype(ranks.device)) if config.dtype == "auto" else config
+    """The configuration with what `auto` means on the first process."""
+    dtype = ranks.first_does(lambda: auto_dtype(ranks.device))
+    return replace(config, dtype=dtype) if config.dtype == "auto" else config
 
 
 def finish(job: Job, voice: Voice, model: PeftModel, base: Base, cache: BaseCache | None = None) -> Finished:
@@ -96,7 +100,8 @@ def finish(job: Job, voice: Voice, model: PeftModel, base: Base, cache: BaseCach
     report.write_loss_curve(folder, config.name, history)
     report.write_card(folder, config, base, corpus, evaluation)
     write_html(folder, written, history, evaluation)
-    finished = Finished(config, corpus, history, evaluation, verdict)
+    place = config.folder if verdict.passed else config.rejected
+    finished = Finished(config, corpus, history, evaluation, verdict, place)
     if not verdict.passed:
         keep_aside(config)
         said = "; ".join(map(str, verdict.failed))
@@ -134,9 +139,13 @@ def summary(config: TrainConfig, corpus: Corpus) -> str:
     """What of the data is used and what is left out, for a person to read."""
     sizes = f"{len(corpus.train)} to train on, {len(corpus.valid)} to validate, {len(corpus.test)} to test"
     lines = [f"{config.data}: {sizes}, {len(corpus.heldout_authors)} of authors held out"]
-    lines += [f"  {count} left out by {flag}" for flag, count in corpus.filtered.items() if count]
+    lines += [f"  {count} left out{_why(flag)}" for flag, count in corpus.filtered.items() if count]
     lines += skipped(corpus)
     return "\n".join(lines)
+
+
+def _why(filtered: str) -> str:
+    return f" by {filtered}" if filtered.startswith("--") else f": {filtered}"
 
 
 def skipped(corpus: Corpus) -> Sequence[str]:

@@ -21,6 +21,7 @@ TUNABLE = (
     "lr", "rank", "alpha", "rslora", "targets", "dropout", "epochs", "schedule", "warmup", "weight_decay", "clip",
     "batch_size", "accumulate",
 )  # fmt: skip
+SHAPE = ("rank", "alpha", "rslora", "targets")  # what --init-from decides
 SHOWN = 10
 _KINDS = get_type_hints(TrainConfig)
 
@@ -71,16 +72,23 @@ def main(argv: Sequence[str]) -> None:
     if trials < 1:
         raise ConfigError(f"--trials is {trials}: give at least 1")
     values: dict[str, Any] = {"output": "runs/search", **settings(arguments), "name": arguments.get("name", "search")}
-    search(TrainConfig(**values), space(tune), trials, storage)
+    if storage is not None and not storage.absolute().parent.is_dir():
+        raise ConfigError(f"--storage {storage}: there is no such folder; make it first")
+    search(TrainConfig(**values), space(tune, values.get("init_from")), trials, storage)
 
 
-def space(tune: Sequence[str]) -> dict[str, Range | Choice]:
-    """Field -> what is tried, `tune` over the defaults. Raises ConfigError."""
-    texts = dict(SPACE)
+def space(tune: Sequence[str], init_from: str | None = None) -> dict[str, Range | Choice]:
+    """Field -> what is tried, `tune` over the defaults; of an adapter that is continued, not its shape.
+
+    Raises ConfigError.
+    """
+    texts = {name: text for name, text in SPACE.items() if init_from is None or name not in SHAPE}
     for pair in tune:
         name, text = (pair[:-1], "") if pair.endswith("=") else pair_of("--tune", pair, "lr=1e-4..5e-3")
         if name not in TUNABLE:
             raise ConfigError(f"--tune {pair!r}: choose of {', '.join(TUNABLE)}")
+        if init_from is not None and name in SHAPE and text:
+            raise ConfigError(f"--tune {pair!r}: the adapter of --init-from {init_from} has its {name}; leave one out")
         texts[name] = text
     return {name: _space(name, text) for name, text in texts.items() if text}
 
@@ -184,6 +192,8 @@ def _space(name: str, text: str) -> Range | Choice:
     ends = [_value(name, end) for end in (low, high)]
     if not all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends) or ends[0] >= ends[1]:
         raise ConfigError(f"--tune {name}={text}: LOW..HIGH is of numbers, the lower one first")
+    for end in ends:
+        tried_config(TrainConfig(name="search"), {name: end})
     return Range(ends[0], ends[1], isinstance(ends[0], int))
 
 

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,8 +20,8 @@ from training.distributed import Ranks
 from training.errors import ConfigError
 from training.loop import Progress, train_together
 from training.origin import put_weights
-from training.output import RUN_FILE
-from training.voice import Voice
+from training.output import RUN_FILE, begun, start
+from training.voice import Voice, read_state
 
 
 @dataclass(frozen=True)
@@ -48,7 +46,7 @@ def train(
     for number, job in enumerate(jobs):
         voice = Voice(model, name_in_model(number), job.config, job.corpus.train, job.corpus.valid)
         texts = _texts_sha256(job.corpus)
-        ranks.first_does(partial(_prepare, job.config, base, texts))
+        ranks.first_does(partial(_prepare, job, base))
         ranks.everywhere(partial(voice.load, job.config.partial))
         ranks.agree((texts, voice.history.steps), "the processes see other data or checkpoints: give all one --data "
                     "and one --output folder")  # fmt: skip
@@ -111,26 +109,35 @@ def _texts_sha256(corpus: Corpus) -> str:
     return hashlib.sha256(json.dumps([example.token_ids for example in corpus.train]).encode()).hexdigest()
 
 
-def _prepare(config: TrainConfig, base: Base, texts: str) -> None:
-    """Set up `config.partial`, or check that the unfinished run in it is this one."""
-    recorded = config.recorded() | {"base_sha256": base.weights_sha256(), "texts_sha256": texts}
-    recorded = json.loads(json.dumps(recorded))  # as it reads back
+def check_resumed(job: Job, base: Base) -> None:
+    """Raises ConfigError if the unfinished run that the job is to go on with isn't this one or isn't there,
+    TrainingError if its checkpoint can't be read."""
+    config, recorded = job.config, _recorded(job, base)
     file = config.partial / RUN_FILE
+    if not begun(config):
+        raise ConfigError(f"--resume: there is no unfinished run of {config.name!r} in {config.output}")
+    try:
+        before = json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"--resume: {file} can't be read ({error}); start anew with --overwrite") from error
+    changed = [key for key in recorded if before.get(key) != recorded[key]]
+    if changed:
+        changed = [key for key in changed if not key.endswith("_sha256")] or changed  # name the cause
+        listed = ", ".join(f"{key} was {before.get(key)!r}, is {recorded[key]!r}" for key in changed)
+        raise ConfigError(f"--resume: this is another run ({listed}); give the same flags, or --overwrite")
+    read_state(config.partial, torch.device("cpu"))
+
+
+def _recorded(job: Job, base: Base) -> dict[str, Any]:
+    """What run.json holds a run against, as it reads back."""
+    what = {"base_sha256": base.weights_sha256(), "texts_sha256": _texts_sha256(job.corpus)}
+    return json.loads(json.dumps(job.config.recorded() | what))
+
+
+def _prepare(job: Job, base: Base) -> None:
+    """Set up the folder of a run that begins, or check that the unfinished one in it is this one."""
+    config = job.config
     if config.resume:
-        if not file.is_file():
-            raise ConfigError(f"--resume: there is no unfinished run of {config.name!r} in {config.output}")
-        try:
-            before = json.loads(file.read_text())
-        except ValueError as error:
-            raise ConfigError(f"--resume: {file} can't be read ({error}); start anew with --overwrite") from error
-        changed = [key for key in recorded if before.get(key) != recorded[key]]
-        if changed:
-            changed = [key for key in changed if not key.endswith("_sha256")] or changed  # name the cause
-            listed = ", ".join(f"{key} was {before.get(key)!r}, is {recorded[key]!r}" for key in changed)
-            raise ConfigError(f"--resume: this is another run ({listed}); give the same flags, or --overwrite")
-        return
-    shutil.rmtree(config.partial, ignore_errors=True)
-    config.partial.mkdir(parents=True)
-    whole = file.with_suffix(".new")
-    whole.write_text(json.dumps(recorded, indent=2) + "\n")
-    os.replace(whole, file)
+        check_resumed(job, base)
+    else:
+        start(config, _recorded(job, base))

@@ -25,6 +25,7 @@ from training.forward import Lane
 EVALUATIONS = 8  # times that a run is evaluated and checkpointed
 POINTS = 8  # of the training loss for each evaluation
 STATE_FILE = "state.pt"
+_STATE = {"weights", "best", "optimizer", "scheduler", "history", "since"}
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
@@ -59,7 +60,10 @@ class Voice:
         self.history = History()
         self.failed: str | None = None
         marker = f".{adapter}.weight"
-        self.parameters = {n: p for n, p in model.named_parameters() if ".lora_" in n and n.endswith(marker)}
+        # Named without the adapter: a checkpoint may be taken up at another place of a choir.
+        self.parameters = {
+            n.removesuffix(marker): p for n, p in model.named_parameters() if ".lora_" in n and n.endswith(marker)
+        }
         for parameter in self.parameters.values():
             parameter.requires_grad_()
         self.optimizer = torch.optim.AdamW(
@@ -156,16 +160,12 @@ class Voice:
 
     def load(self, folder: Path) -> None:
         """Go on from the state in `folder`, if there is one. Raises TrainingError if it can't be read."""
-        file = folder / STATE_FILE
-        if not file.is_file():
+        state = read_state(folder, next(iter(self.parameters.values())).device)
+        if state is None:
             return
-        try:
-            state = torch.load(file, map_location=next(iter(self.parameters.values())).device, weights_only=True)
-            self._put(state["weights"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scheduler.load_state_dict(state["scheduler"])
-        except (OSError, RuntimeError, KeyError, ValueError, EOFError, UnpicklingError, struct.error) as error:
-            raise TrainingError(f"--resume: {file} can't be read ({error}); start anew with --overwrite") from error
+        self._put(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
         self._best, self._since = state["best"], state["since"]
         self.history = History(**state["history"])
 
@@ -173,6 +173,20 @@ class Voice:
     def _put(self, weights: dict[str, torch.Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
+
+
+def read_state(folder: Path, device: torch.device) -> dict[str, Any] | None:
+    """What `Voice.save` wrote into `folder`; None if it didn't. Raises TrainingError if it can't be read."""
+    file = folder / STATE_FILE
+    if not file.is_file():
+        return None
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+        if not isinstance(state, dict) or state.keys() != _STATE:
+            raise ValueError("it is no checkpoint of this version")
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError, UnpicklingError, struct.error) as error:
+        raise TrainingError(f"--resume: {file} can't be read ({error}); start anew with --overwrite") from error
+    return state
 
 
 def plan(lengths: Sequence[int], config: TrainConfig) -> tuple[list[list[int]], str]:

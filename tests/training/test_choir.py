@@ -24,7 +24,7 @@ NAMES = [f"author-{i}" for i in range(4)]
 def flags(output: Path, base: Path, data: Path, *more: str) -> list[str]:
     return [
         "--output", str(output), "--model", str(base), "--data", str(data), "--eval-samples", "4", "--batch-size", "5",
-        "--epochs", "3", "--rank", "2", "--seed", "3", *more,
+        "--epochs", "3", "--rank", "2", "--seed", "3", "--dtype", "float32", *more,
     ]  # fmt: skip
 
 
@@ -126,23 +126,54 @@ def test_an_interrupted_choir_goes_on(
     choir: Path, tiny_base: Path, quotes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = ["choir", "--min-quotes", "10", "--together", "3", *flags(tmp_path, tiny_base, quotes)]
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=20)
+        assert main(run) == 130
+    assert main([*run, "--resume"]) == 0
+    for name in NAMES:
+        for key, tensor in weights(choir / name).items():
+            torch.testing.assert_close(weights(tmp_path / name)[key], tensor, atol=1e-4, rtol=1e-3)
+
+
+def test_one_whose_checkpoint_cannot_be_read_leaves_the_others(
+    choir: Path, tiny_base: Path, quotes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """And an adapter that an interrupted --overwrite had not come to yet is replaced by --resume."""
+    shutil.copytree(choir / NAMES[3], tmp_path / NAMES[3])
+    old = (tmp_path / NAMES[3] / "report.json").stat().st_mtime_ns
+    run = ["choir", "--min-quotes", "10", "--together", "3", *flags(tmp_path, tiny_base, quotes)]
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=15)
+        assert main([*run, "--overwrite"]) == 130
+    (tmp_path / f".{NAMES[0]}.partial" / "state.pt").write_bytes(b"half")
+    (tmp_path / f".{NAMES[1]}.partial" / "run.json").write_text("{")
+    capsys.readouterr()
+    assert main([*run, "--resume"]) == 2
+    told = capsys.readouterr().err
+    assert "2 of 4 voices did not pass" in told
+    assert "author-0: --resume: " in told
+    assert "state.pt can't be read" in told
+    assert "run.json can't be read" in told
+    assert (tmp_path / NAMES[3] / "report.json").stat().st_mtime_ns != old
+    for name in NAMES[2:]:
+        for key, tensor in weights(choir / name).items():
+            torch.testing.assert_close(weights(tmp_path / name)[key], tensor, atol=1e-4, rtol=1e-3)
+
+
+def interrupt(patch: pytest.MonkeyPatch, after: int) -> None:
+    """Have Ctrl-C come after so many steps of all voices."""
     steps = 0
     plain = Voice.take_step
 
     def interrupted(self: Voice, loss: float) -> None:
         nonlocal steps
         steps += 1
-        if steps > 20:
+        if steps > after:
             raise KeyboardInterrupt
         plain(self, loss)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(Voice, "take_step", interrupted)
-        assert main(run) == 130
-    assert main([*run, "--resume"]) == 0
-    for name in NAMES:
-        for key, tensor in weights(choir / name).items():
-            torch.testing.assert_close(weights(tmp_path / name)[key], tensor, atol=1e-4, rtol=1e-3)
+    patch.setattr(Voice, "take_step", interrupted)
 
 
 def test_a_group_whose_rows_cannot_be_used_does_not_stop_the_others(

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from training import forward
 from training.__main__ import main
 from training.config import TrainConfig
+from training.distributed import auto_dtype
 from training.output import settled
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,10 +22,11 @@ LIMIT_SECONDS = 120
 
 
 def flags(output: Path, base: Path, data: Path, *more: str) -> list[str]:
-    """Batches of 7 rows: 4 on one process, 3 on the other; the last batch of 72 rows has 2."""
+    """Batches of 7 rows: 4 on one process, 3 on the other; the last batch of 74 rows has 4."""
     return [
         "--name", "voice", "--output", str(output), "--model", str(base), "--data", str(data), "--eval-samples", "4",
-        "--batch-size", "7", "--epochs", "2", "--rank", "4", "--lr", "1e-2", "--seed", "3", "--device", "cpu", *more,
+        "--batch-size", "7", "--epochs", "2", "--rank", "4", "--lr", "1e-2", "--seed", "3", "--device", "cpu",
+        "--dtype", "float32", *more,
     ]  # fmt: skip
 
 
@@ -153,3 +155,21 @@ def test_ensure_starts_goes_on_or_does_nothing(alone: Path, tmp_path: Path) -> N
     assert unfinished is not None
     assert (unfinished.resume, unfinished.overwrite) == (True, False)
     assert settled(TrainConfig(name="voice", output=str(alone.parent), ensure=True)) is None
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "dtype"),
+    [
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"amx_bf16": True}, "bfloat16"),
+        ({"avx2": True}, "float32"),
+        ({}, "float32"),
+    ],
+)
+def test_auto_is_bfloat16_on_cpus_that_compute_it(
+    capabilities: dict[str, bool], dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert auto_dtype(torch.device("cpu")) == dtype
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert auto_dtype(torch.device("cpu")) == "float32", "torch 2.11 doesn't say"

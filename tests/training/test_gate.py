@@ -1,6 +1,7 @@
 """The gate: what it asks for, what it says, and what becomes of an adapter that fails it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,9 @@ def test_overrides_change_the_default_and_add_to_it() -> None:
 
 
 def test_what_cannot_be_measured_does_not_pass() -> None:
+    of = evaluation()
+    of.perplexities["test"] = replace(of.perplexities["test"], ratio=None)
+    assert failed({}, of) == ["perplexity_ratio"], "a single text"
     verdict = judge({"longest_overlap": 20}, evaluation())
     assert str(verdict.failed[0]) == "longest_overlap can't be measured on this data and has to be at most 20"
 

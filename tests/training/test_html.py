@@ -98,8 +98,8 @@ def test_the_report_json_says_it_all(hostile: Path) -> None:
     assert report["perplexity_ratio"]["test"].keys() == {"value", "low", "high", "examples", "tokens"}
     lengths = report["lengths"][0]
     assert lengths["training"].keys() == lengths["adapter"].keys() == {"p5", "p25", "p50", "p75", "p95"}
-    assert report["style"]["trained_on"] == [18, 18]
-    assert report["style"]["of_voice"]["n"] == 2
+    assert report["style"]["trained_on"] == [report["data"]["used"]["train"], 18]
+    assert report["style"]["of_voice"]["n"] == report["data"]["used"]["valid"] + report["data"]["used"]["test"]
     assert report["references"]["held_out_texts"].keys() >= {"n", "distinct_2", "longest_overlap"}
 
 
@@ -120,7 +120,9 @@ def member(name: str, words: str, output: Path, gate: dict[str, float] | None, o
     sampled = [Sampled("test", "punctuated", ["x"] * 8, of_base, of_adapter, [7])]
     evaluation = Evaluation(rows, sampled, SamplingSettings(), compared, "none", {})
     config = TrainConfig(name, output=str(output), authors=(HOSTILE,), gate=gate)
-    return Finished(config, corpus, History(steps=3), evaluation, judge(gate, evaluation))
+    verdict = judge(gate, evaluation)
+    folder = config.folder if verdict.passed else config.rejected
+    return Finished(config, corpus, History(steps=3), evaluation, verdict, folder)
 
 
 def test_a_choir_is_told_apart_and_written_as_files(tmp_path: Path, tiny_base: Path) -> None:

@@ -49,8 +49,8 @@ def test_the_server_takes_it_as_it_is(trained: Path, tiny_base: Path) -> None:
 
 def test_the_report_shows_base_beside_adapter(trained: Path) -> None:
     report = json.loads((trained / "report.json").read_text())
-    assert report["data"]["used"] == {"train": 72, "valid": 4, "test": 4, "heldout_authors": 0}
-    assert report["training"]["steps"] == 18
+    assert report["data"]["used"] == {"train": 74, "valid": 3, "test": 3, "heldout_authors": 0}
+    assert report["training"]["steps"] == 20
     assert report["config"]["rank"] == 4
     assert {row["metric"] for row in report["rows"]} == set(report["metrics"])
     assert all(row["base"] is not None and row["adapter"] is not None for row in report["rows"])
@@ -68,22 +68,27 @@ def test_golden_tokens_are_peft_generates(trained: Path, tiny_base: Path, base: 
         assert out[0, ids.shape[1] :].tolist() == entry["token_ids"]
 
 
-def test_the_same_seed_gives_the_same_adapter_also_after_an_interruption(
-    trained: Path, tiny_base: Path, quotes_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = flags("voice", tmp_path, tiny_base, quotes_file)
+def interrupt(patch: pytest.MonkeyPatch, after: int) -> None:
+    """Have Ctrl-C come in the pass after so many."""
     calls = 0
     plain_loss = forward.frozen_head_losses
 
     def interrupted(*args):
         nonlocal calls
         calls += torch.is_grad_enabled()
-        if calls > 11:
+        if calls > after:
             raise KeyboardInterrupt
         return plain_loss(*args)
 
+    patch.setattr(forward, "frozen_head_losses", interrupted)
+
+
+def test_the_same_seed_gives_the_same_adapter_also_after_an_interruption(
+    trained: Path, tiny_base: Path, quotes_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = flags("voice", tmp_path, tiny_base, quotes_file)
     with monkeypatch.context() as patch:
-        patch.setattr(forward, "frozen_head_losses", interrupted)
+        interrupt(patch, after=11)
         assert main(run) == 130
     assert not (tmp_path / "voice").exists()
     assert main(run) == 2  # an unfinished run isn't thrown away silently
@@ -102,6 +107,26 @@ def test_an_adapter_that_was_being_replaced_is_put_back(
     assert main(flags("voice", tmp_path, tiny_base, quotes_file)) == 2
     assert "voice exists: choose another --name, or --overwrite" in capsys.readouterr().err
     assert (tmp_path / "voice").is_dir()
+
+
+def test_an_interrupted_replacement_is_gone_on_with(
+    trained: Path, tiny_base: Path, quotes_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (tmp_path / "voice").mkdir()
+    (tmp_path / "voice" / "old").touch()
+    run = flags("voice", tmp_path, tiny_base, quotes_file)
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=11)
+        assert main([*run, "--overwrite"]) == 130
+    assert (tmp_path / "voice" / "old").exists(), "it stays until the new one is whole"
+    assert main(run) == 2
+    assert "voice exists" in capsys.readouterr().err
+    assert main([*run, "--resume"]) == 0
+    again, first = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "voice", trained))
+    assert all(torch.equal(again[name], first[name]) for name in first)
+    assert not (tmp_path / "voice" / "old").exists()
+    assert main([*run, "--resume"]) == 2, "there is nothing more to go on with"
 
 
 def test_an_adapter_is_replaced_only_when_told_to(

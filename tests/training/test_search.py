@@ -61,12 +61,34 @@ def test_an_adapter_of_the_name_keeps_its_recipe_and_an_unfinished_run_its_check
     assert (tmp_path / ".mine.partial").is_dir()
 
 
+def test_a_search_from_an_adapter_keeps_its_shape(
+    tiny_base: Path, quotes_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = ["--output", str(tmp_path), "--model", str(tiny_base), "--data", str(quotes_file), "--rank", "3"]
+    assert main(["--name", "origin", "--epochs", "0.5", "--eval-samples", "2", *data]) == 0
+    run = ["search", "--init-from", str(tmp_path / "origin"), "--trials", "1", "--epochs", "0.5", "--tune", "epochs="]
+    assert main([*run, *data[:-2]]) == 0
+    recipe = yaml.safe_load((tmp_path / "search" / "recipe.yaml").read_text())
+    assert (recipe["rank"], recipe["init_from"]) == (3, str(tmp_path / "origin"))
+    assert len(recipe["init_digest"]) == 64
+    assert main([*run, *data[:-2], "--tune", "rank=2,4"]) == 2
+    assert "has its rank; leave one out" in capsys.readouterr().err
+
+
+def test_a_storage_nowhere_is_told_before_anything_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["search", "--storage", str(tmp_path / "no" / "study.db")]) == 2
+    assert "there is no such folder; make it first" in capsys.readouterr().err
+
+
 def test_spaces() -> None:
     assert space([])["lr"] == Range(3e-4, 1e-2, False)
     assert space([])["rank"] == Choice(("4", "8", "16"))
     assert space(["warmup=0..50"])["warmup"] == Range(0, 50, True)
     assert "epochs" not in space(["epochs="])
-    for wrong in ("lr=5..1", "rank=a", "rank=0,1", "nosuch=1", "lr", "schedule=cosine..linear", "rslora=maybe"):
+    for wrong in ("lr=5..1", "rank=a", "rank=0,1", "nosuch=1", "lr", "schedule=cosine..linear", "rslora=maybe",
+                  "dropout=2..3", "dropout=0..1"):  # fmt: skip
         with pytest.raises(ConfigError):
             space([wrong])
 
