@@ -5,10 +5,10 @@ model's maximum (its padding masked by place, so that it learns to stop; its pro
 `python -m training`'s loop with the same rows, rank, targets, learning rate, schedule, batch and seed. Variants
 alternate, every repeat has its own seed, and the allocator's settings that ours makes help both.
 
-- equal loss, on the demo base: one epoch of --steps steps of --batch rows. Eight times, off the clock, both are
-  evaluated by `training.loop.example_losses` on the same held-out rows. `seconds`: until a variant first has the
-  lesson's best loss, by the line between the evaluations around it; `speedup`: the lesson's over its own, median
-  (bar: 4).
+- equal loss, on the demo base: one epoch of --steps steps of --batch rows; ours in what `--dtype auto` is here, and in
+  fp32. Eight times, off the clock, all are evaluated by `training.loop.example_losses` on the same held-out rows.
+  `seconds`: until a variant first has the lesson's best loss, by the line between the evaluations around it; `speedup`:
+  the lesson's over its own, median (bar: 4).
 - tokens: real tokens a second at gpt2-medium's shape (random weights), over --medium-steps steps of --medium-batch rows
   after one that isn't timed (bar: 4).
 - dtype: ours in fp32 and bf16 on the demo base, the same steps: tokens a second, the last held-out loss.
@@ -25,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -39,7 +40,7 @@ from benchmarks.training_runs import Run, job_of, lesson, ours, part_of, unload
 from training.base import Base, open_base
 from training.config import DEMO_BASE, ROOT, TrainConfig
 from training.data import load_corpus
-from training.distributed import Ranks, join
+from training.distributed import Ranks, auto_dtype, join
 from training.run import keep_heap, quiet
 from training.train import Job, train
 
@@ -75,22 +76,23 @@ def rows_of(name: str, runs: dict[str, list[Run]], **more: dict[str, Any]) -> Ro
 def equal_loss(args: argparse.Namespace, base: Base, ranks: Ranks, folder: Path) -> Rows:
     """Seconds until the lesson's best held-out loss."""
     config = configured(args, limit=args.steps * args.batch, batch_size=args.batch)
-    weights, seeds = base.load(), {"ours": 0, "lesson": 0}
+    weights, default = base.load(), auto_dtype(ranks.device)
+    seeds: Counter[str] = Counter()
 
-    def job(variant: str) -> Job:
+    def job(variant: str, dtype: str = "float32") -> Job:
         seeds[variant] += 1
         seeded = replace(config, seed=seeds[variant])
-        return job_of(
-            seeded, part_of(load_corpus(seeded, base), args.steps * args.batch, args.held_out), seeded.seed, folder
-        )
+        corpus = part_of(load_corpus(seeded, base), args.steps * args.batch, args.held_out)
+        return job_of(seeded, corpus, seeded.seed, folder, dtype=dtype)
 
-    runs = alternate(
-        {
-            "ours": lambda: ours(base, weights, job("ours"), ranks),
-            "lesson": lambda: lesson(weights, job("lesson"), ranks, base.context, base.eos),
-        },
-        args.repeats,
-    )
+    variants = {
+        "ours": lambda: ours(base, weights, job("ours", default), ranks),
+        "ours, fp32": lambda: ours(base, weights, job("ours, fp32"), ranks),
+        "lesson": lambda: lesson(weights, job("lesson"), ranks, base.context, base.eos),
+    }
+    if default == "float32":
+        del variants["ours, fp32"]
+    runs = alternate(variants, args.repeats)
     needed = {name: [r.seconds_to(aim.best) for r, aim in zip(own, runs["lesson"], strict=True)]
               for name, own in runs.items()}  # fmt: skip
     ratios = {

@@ -12,7 +12,10 @@ from tests.oracle import adapter_ref, make_engine, request, run
 
 FOLDERS = sorted(path.parent for path in Settings(_env_file=None).adapters_dir.glob("*/adapter_config.json"))
 TIE = 1e-3  # logprobs within which another token than the golden one is excused
-FILES = {"adapter_config.json", "adapter_model.safetensors", "report.json", "golden.json", "loss.png", "README.md"}
+FILES = {
+    "adapter_config.json", "adapter_model.safetensors", "recipe.yaml", "report.json", "report.html", "golden.json",
+    "loss.png", "README.md",
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
