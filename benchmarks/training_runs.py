@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -57,10 +58,12 @@ def held_out(model: Any, examples: Sequence[Example], adapter: str, device: torc
 def ours(base: Base, weights: GPT2LMHeadModel, job: Job, ranks: Ranks) -> Run:
     """The loop as `python -m training` runs it. `weights` come back as they were."""
     run = Run()
+    adapted: Any = SimpleNamespace(get_base_model=lambda: weights)  # PEFT puts the adapter into its modules
 
     def note(voice: Voice) -> None:
         history = voice.history
-        run.points.append((history.steps, history.seconds, history.tokens, history.valid[-1][1]))
+        loss = held_out(adapted, job.corpus.valid, voice.adapter, ranks.device)
+        run.points.append((history.steps, history.seconds, history.tokens, loss))
 
     model, (voice,) = train(base, weights, [job], ranks, note)
     run.padding, run.peak_bytes = voice.history.padding, voice.history.peak_bytes

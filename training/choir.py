@@ -17,6 +17,7 @@ from training.config import NAME_PATTERN, TrainConfig
 from training.errors import ConfigError, DataError, GateFailed, TrainingError
 
 TOGETHER = 8
+NAMELESS = "voice"  # the name of a group whose own has no Latin letter
 GROUPINGS = {"author": "authors", "tag": "tags"}  # --by -> the field that chooses a group's rows
 
 
@@ -101,7 +102,7 @@ def slug(value: str) -> str:
     """An adapter's name for a group: `Oscar Wilde` -> `oscar-wilde`."""
     plain = unicodedata.normalize("NFKD", value).encode("ascii", "ignore").decode().lower()
     name = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:64].rstrip("-")
-    return name if NAME_PATTERN.fullmatch(name) else "voice"
+    return name if NAME_PATTERN.fullmatch(name) else NAMELESS
 
 
 def _parser() -> argparse.ArgumentParser:

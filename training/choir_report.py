@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from training.choir import NAMELESS, slug
 from training.contrast import written
 from training.data import Example
 from training.figures import value_of
@@ -69,7 +70,7 @@ def write_choir_html(path: Path, report: Mapping[str, Any]) -> None:
 
 def summary(report: Mapping[str, Any]) -> str:
     """A line for each voice."""
-    names = [voice["name"] for voice in [*report["voices"], *report["failed"]]]
+    names = [_shown(voice) for voice in [*report["voices"], *report["failed"]]]
     width = max([len(name) for name in names] + [5])
     heads = [head for head, _ in _TABLE]
     lines = [f"{'voice':{width}} {'texts':>6} {'ratio':>6} {' '.join(f'{head:>8}' for head in heads)}  gate"]
@@ -77,7 +78,7 @@ def summary(report: Mapping[str, Any]) -> str:
         ratio = "-" if voice["ratio"] is None else f"{voice['ratio']['value']:.3f}"
         cells = [_cell(voice["figures"], metric, side) for _, (metric, side) in _TABLE]
         shown = " ".join(f"{cell:>8}" for cell in cells)
-        lines.append(f"{voice['name']:{width}} {voice['texts']:>6} {ratio:>6} {shown}  {voice['gate']}")
+        lines.append(f"{_shown(voice):{width}} {voice['texts']:>6} {ratio:>6} {shown}  {voice['gate']}")
     lines += [f"{of['name']:{width}} failed: {of['reason']}" for of in report["failed"]]
     told = report["confusion"]
     if told["reason"] is None:
@@ -158,6 +159,12 @@ def _voice(member: Finished, output: Path) -> dict[str, Any]:
         "ratio": asdict(compared.ratio) | {"examples": compared.examples} if compared and compared.ratio else None,
         "figures": figures,
     }
+
+
+def _shown(voice: Mapping[str, Any]) -> str:
+    """The voice's name, and whose it is where the name doesn't say."""
+    whose = ", ".join([*voice.get("authors", ()), *voice.get("tags", ())])
+    return voice["name"] if not whose or slug(whose) == voice["name"] != NAMELESS else f"{voice['name']} ({whose})"
 
 
 def _cell(figures: Mapping[str, Any], metric: str, side: str) -> str:

@@ -1,6 +1,7 @@
 """The choir's work: groups to jobs, jobs to voices, batch by batch."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from training.errors import ConfigError, DataError, GateFailed, TrainingError
 from training.evaluate import BaseCache, evaluate
 from training.gate import judge
 from training.origin import pinned
-from training.output import begun, check_output, mark, replaces
-from training.recipe import RECIPE_FILE, read_recipe
+from training.output import begun, check_output, mark, read_run, replaces
+from training.recipe import read_recipe
 from training.report import history_of
 from training.run import Finished, finish, keep_heap, quiet, resolved, told
 from training.sources import RawRow, read_source
@@ -30,16 +31,18 @@ def run_choir(config: TrainConfig, by: str, minimum: int, limit: int | None, tog
     outcome = Outcome()
     try:
         base = ranks.everywhere(lambda: open_base(config.model))
-        config = resolved(config, ranks)
-        config = ranks.everywhere(lambda: pinned(config, base))
         raw = ranks.everywhere(lambda: read_source(config.data))
         found = ranks.everywhere(lambda: groups(config, by, raw, minimum)[:limit])
-        voices = configs(config, by, [value for value, _ in found])
+        values = [value for value, _ in found]
+        config = resolved(config, ranks, lambda: _dtype_before(configs(config, by, values).values()))
+        config = ranks.everywhere(lambda: pinned(config, base))
+        voices = configs(config, by, values)
         wanted, there = ranks.first_does(lambda: _wanted(voices, outcome))
         jobs = _jobs(wanted, base, raw, minimum, outcome)
         broken = ranks.first_does(lambda: _broken(jobs, base))
         outcome.failed |= broken
         jobs = [job for job in jobs if job.config.name not in broken]
+        ranks.agree([job.config.name for job in jobs], "the processes see other data: give all one --data")
         if ranks.first:
             print(f"{config.data}: {len(found)} voices by {by}; {len(jobs)} to train", flush=True)
         weights = ranks.everywhere(base.load)
@@ -47,19 +50,15 @@ def run_choir(config: TrainConfig, by: str, minimum: int, limit: int | None, tog
         cache = BaseCache()
         for start in range(0, len(jobs), together):
             members += _batch(jobs[start : start + together], base, weights, ranks, outcome, cache)
-        if ranks.first:
-            before = _measured(_jobs(there, base, raw, minimum, outcome, True), base, weights, ranks, cache)
-            for member in (of for of in before if not of.verdict.passed):
-                name, said = member.config.name, "; ".join(map(str, member.verdict.failed))
-                outcome.there_before.remove(name)
-                outcome.rejected[name] = (
-                    f"{said}. It was published before this gate, and still is: {member.config.folder}"
-                )
-            members += before
+
+        def conclude() -> None:
+            measured = _measured(_jobs(there, base, raw, minimum, outcome, True), base, weights, ranks, outcome, cache)
             order = list(voices)
-            members.sort(key=lambda member: order.index(member.config.name))
-            print("\n" + write_choir(Path(config.output), base.name, members, list(outcome.failed.items())))
+            whole = sorted([*members, *measured], key=lambda member: order.index(member.config.name))
+            print("\n" + write_choir(Path(config.output), base.name, whole, list(outcome.failed.items())))
             print(f"\nwrote {Path(config.output) / HTML_FILE}")
+
+        ranks.first_does(conclude)  # the others wait: the first that ends makes a launcher end all
     finally:
         ranks.leave()
     return outcome
@@ -85,7 +84,7 @@ def _batch(
             except (TrainingError, OSError) as error:
                 outcome.failed[name] = str(error)
     ranks.wait()
-    _unload(model)
+    model.unload()  # take the adapters from the base's modules again, which the next ones share
     return members
 
 
@@ -96,30 +95,35 @@ def _broken(jobs: Sequence[Job], base: Base) -> dict[str, str]:
         try:
             if job.config.resume:
                 check_resumed(job, base)
-        except TrainingError as error:
+        except (TrainingError, OSError) as error:
             found[job.config.name] = str(error)
     return found
 
 
 def _measured(
-    jobs: Sequence[Job], base: Base, weights: Any, ranks: Ranks, cache: BaseCache
+    jobs: Sequence[Job], base: Base, weights: Any, ranks: Ranks, outcome: Outcome, cache: BaseCache
 ) -> list[Finished]:  # fmt: skip
     """The voices that were there before, measured again for the choir's table: same seeds, same samples."""
     members = []
     for job in jobs:
-        config = replace(job.config, init_from=str(job.config.folder), init_digest=None)
-        model: Any = fresh(weights, [pinned(config, base)], base).to(ranks.device)
+        name, folder = job.config.name, job.config.folder
+        try:
+            history = history_of(folder)
+            config = pinned(replace(job.config, init_from=str(folder), init_digest=None), base)
+        except (TrainingError, OSError) as error:
+            outcome.failed[name] = f"it was there before, and can't be measured: {error}"
+            continue
+        model: Any = fresh(weights, [config], base).to(ranks.device)
         evaluation = evaluate(model, name_in_model(0), base, job.corpus, job.config, cache)
-        history = history_of(job.config.folder)
+        model.unload()
         verdict = judge(job.config.gate, evaluation)
-        members.append(Finished(job.config, job.corpus, history, evaluation, verdict, job.config.folder))
-        _unload(model)
+        members.append(Finished(job.config, job.corpus, history, evaluation, verdict, folder))
+        if verdict.passed:
+            outcome.there_before.append(name)
+        else:
+            said = "; ".join(map(str, verdict.failed))
+            outcome.rejected[name] = f"{said}. It was published before this gate, and still is: {folder}"
     return members
-
-
-def _unload(model: Any) -> None:
-    """Take the adapters from the base's modules again, which the next ones share."""
-    model.unload()
 
 
 def _wanted(
@@ -138,23 +142,32 @@ def _wanted(
     there: dict[str, TrainConfig] = {}
     for name, config in voices.items():
         if config.resume and config.folder.exists() and not replaces(config):
-            if _recipe(config.folder) == config.recorded():
-                outcome.there_before.append(name)
+            try:
+                recipe: dict[str, Any] = {"name": name} | read_recipe(config.folder)
+                same = TrainConfig(**recipe).recorded() == config.recorded()
+            except ConfigError as error:
+                outcome.failed[name] = f"{error}; --overwrite replaces the adapter"
+                continue
+            if same:
                 there[name] = config
             else:
                 outcome.failed[name] = f"{config.folder} was made by another recipe; --overwrite replaces it"
         else:
             check_output(config)
             wanted[name] = replace(config, resume=config.resume and begun(config))
-            if config.overwrite and config.folder.exists():
+            if config.overwrite:
                 mark(config)  # an interruption before its turn is not to leave it as it is
     return wanted, there
 
 
-def _recipe(folder: Path) -> dict[str, Any] | None:
-    if not (folder / RECIPE_FILE).is_file():
-        return None
-    return TrainConfig(**read_recipe(folder)).recorded()
+def _dtype_before(voices: Iterable[TrainConfig]) -> str | None:
+    """What `auto` was when the choir that is gone on with began."""
+    for config in voices:
+        with contextlib.suppress(ConfigError):  # told of the voice itself
+            found = read_run(config) or (read_recipe(config.folder) if config.folder.exists() else {})
+            if config.resume and found.get("dtype"):
+                return str(found["dtype"])
+    return None
 
 
 def _jobs(

@@ -10,7 +10,7 @@ from typing import Any
 
 from training.config import QUOTES, TrainConfig, flag_of, stable_path
 from training.errors import DataError
-from training.seen import HELD_OUT_SHARE, place
+from training.seen import HELD_OUT_SHARE, set_aside
 from training.sources import read_source
 from training.template import Template, fill
 from training.texts import normalised, plain
@@ -104,6 +104,7 @@ def _split(
     train = fresh(split for split in texts if split not in _HELD_OUT)
     random.Random(config.seed).shuffle(train)
     if not held_out:
-        held_out = [text for text in train if place(normalised(text)) < 2 * HELD_OUT_SHARE]
-        train = [text for text in train if place(normalised(text)) >= 2 * HELD_OUT_SHARE]
+        held_out = set_aside(train, normalised, 0.0, 2 * HELD_OUT_SHARE)
+        aside = set(held_out)
+        train = [text for text in train if text not in aside]
     return Contrast(source, train, held_out)

@@ -6,6 +6,7 @@ comes in splits and has a text in two of them is refused: what is measured would
 
 import difflib
 import random
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 from training.base import Base
-from training.config import TrainConfig
+from training.config import TrainConfig, flag_of
 from training.contrast import Contrast, completion, gather, written
 from training.errors import DataError
-from training.seen import HELD_OUT_SHARE, digest_of, learned_by, place
+from training.seen import HELD_OUT_SHARE, digest_of, learned_by, set_aside
 from training.sources import RawRow, read_source
 from training.template import Template, fill
 from training.texts import normalised, plain
 
-LEAST_HELD_OUT, MAX_HELD_OUT = 3, 500  # texts to validate, and to test on
+MAX_HELD_OUT = 500  # texts to validate, and to test on
 DUPLICATE, LEAK, LEAKS_SHOWN = "duplicate", "in another split, too", 3
 BEYOND = f"held out beyond the {MAX_HELD_OUT} that are measured"
 _ORDER = ("heldout_authors", "test", "valid", "train", "all")
@@ -35,7 +36,7 @@ class Example:
     token_ids: list[int]
     prompt_length: int
     bare_length: int  # of the prompt without its closing punctuation: what is learned begins here
-    key: str  # the normalised text: equal keys are duplicates
+    key: str  # its main field, normalised: what it is known by under any template, and duplicates share
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Corpus:
     others: dict[str, list[str]] = field(default_factory=dict)  # split -> what --author and --tag left out
     contrast: Contrast = field(default_factory=Contrast)  # what the style is told apart from
     learned: frozenset[bytes] = frozenset()  # digests of what was learned before: it is never measured on
+    unsaid: list[str] = field(default_factory=list)  # folders of adapters whose reports don't say what they learned
 
 
 def load_corpus(
@@ -72,25 +74,28 @@ def load_corpus(
     Raises DataError if a column or an author isn't there, no row is usable, splits share a text, or --contrast can't be
     read.
     """
-    raw = read_source(config.data) if raw is None else raw
+    raw = read_source(config.data, to_train=of is None) if raw is None else raw
     template = config.parsed_template()
     wanted = [*template.fields, *(["author"] if config.authors else []), *(["tags"] if config.tags else [])]
     columns = {name: config.columns.get(name, name) for name in wanted}
     _check_columns(config, columns, raw)
-    if config.authors:
-        _check_authors(config, columns["author"], raw)
-    learned = [learned_by(Path(folder)) for folder in (of, config.init_from) if folder is not None]
-    corpus = Corpus(learned=frozenset().union(*learned))
+    for name, wanted, column in (("authors", config.authors, "author"), ("tags", config.tags, "tags")):
+        if wanted:
+            _check_chosen(config, name, wanted, columns[column], raw)
+    before = {str(folder): learned_by(Path(folder)) for folder in (of, config.init_from) if folder is not None}
+    corpus = Corpus(learned=frozenset().union(*(digests or () for digests in before.values())))
+    corpus.unsaid = [folder for folder, digests in before.items() if digests is None]
     seen: dict[str, RawRow] = {}
+    known_by = _main_field(template, columns, raw)
     splits: dict[str, list[Example]] = {}
     for split in _ORDER:
         # Filters choose what is learned; the authors held out are for prompts that it has never seen.
         filters = split != "heldout_authors"
         splits[split] = list(
-            _examples(split, raw.get(split, ()), config, template, columns, base, corpus, seen, filters)
+            _examples(split, raw.get(split, ()), config, template, columns, base, corpus, seen, known_by, filters)
         )
     _check_leaks(config, corpus)
-    _split(corpus, splits, config)
+    _split(corpus, splits, config, to_train=of is None)
     own = [normalised(written(template, row.fields)) for rows in splits.values() for row in rows]
     corpus.contrast = gather(config, corpus.others, own)
     return corpus
@@ -98,7 +103,7 @@ def load_corpus(
 
 def _examples(
     split: str, rows: Iterable[RawRow], config: TrainConfig, template: Template, columns: Mapping[str, str],
-    base: Base, corpus: Corpus, seen: dict[str, RawRow], filters: bool,
+    base: Base, corpus: Corpus, seen: dict[str, RawRow], known_by: str, filters: bool,
 ) -> Iterable[Example]:  # fmt: skip
     bare = template.bare_prompt or template.prompt
 
@@ -130,16 +135,21 @@ def _examples(
         if not _encodable(values.values()):
             skip("not valid Unicode", "it holds half of a surrogate pair")
             continue
-        text = " ".join(values[name] for name in template.completion_fields)
-        if len(text) > config.max_chars:
+        if len(" ".join(values[name] for name in template.completion_fields)) > config.max_chars:
             corpus.filtered["--max-chars"] += 1
             continue
-        key = normalised(text)
+        key = normalised(values[known_by])
+        if not key:
+            skip("without a letter or digit", f"{columns[known_by]} is {values[known_by][:20]!r}")
+            continue
         if key in seen:
             first = seen[key]
             skip(DUPLICATE if first.source == row.source else LEAK, f"the same text as {first.source}:{first.line}")
             continue
         ids = [*base.encode(template.render(values)), base.eos]
+        if base.eos in ids[:-1]:
+            skip("holds the token that ends a text", "take it out of the row")
+            continue
         if len(ids) > base.context:
             skip("longer than the context", f"{len(ids)} tokens; the base takes {base.context}")
             continue
@@ -148,21 +158,31 @@ def _examples(
         yield Example(values, ids, prompt_length, bare_length, key)
 
 
-def _split(corpus: Corpus, splits: Mapping[str, list[Example]], config: TrainConfig) -> None:
+def _main_field(template: Template, columns: Mapping[str, str], raw: Mapping[str, list[RawRow]]) -> str:
+    """The template's field with the most different text in the source: the quote, not who said it."""
+    rows = [row.values for of_split in raw.values() for row in of_split]
+
+    def different(name: str) -> int:
+        return sum(map(len, {plain(values.get(columns[name])) for values in rows}))
+
+    return max(template.fields, key=different)
+
+
+def _split(corpus: Corpus, splits: Mapping[str, list[Example]], config: TrainConfig, to_train: bool) -> None:
     """Fill the corpus's splits; of a source without one, or whose filters emptied it, texts are held out by `place`."""
     usable = sum(len(splits[name]) for name in ("train", "all", "valid", "test"))
     if usable == 0:
         raise DataError(_no_rows(config, corpus))
-    if usable < 3:
+    if usable < 3 and to_train:
         raise DataError(f"--data {config.data}: {usable} usable rows; give at least 3, to train, validate and test on")
     train = [*splits["train"], *splits["all"]]
-    if not train:
+    if not train and to_train:
         raise DataError(f"--data {config.data}: {usable} usable rows to measure on, and none to train on")
     held_out = {name: _unlearned(corpus, splits[name]) for name in ("test", "valid", "heldout_authors")}
     for name, low in (("test", 0.0), ("valid", HELD_OUT_SHARE)):
         if not held_out[name]:
             held_out[name], train = _set_aside(corpus, train, low)
-        if not held_out[name]:
+        if not held_out[name] and (to_train or name == "test"):
             verb = {"test": "test", "valid": "validate"}[name]
             before = ", which the adapter hasn't learned," if corpus.learned else ""
             raise DataError(f"--data {config.data}: too few rows to {verb} on some{before} of {usable}; give more")
@@ -182,12 +202,8 @@ def _unlearned(corpus: Corpus, rows: Sequence[Example]) -> list[Example]:
 
 
 def _set_aside(corpus: Corpus, rows: Sequence[Example], low: float) -> tuple[list[Example], list[Example]]:
-    """Rows to measure on, and those that are left to train on. Few rows give a tenth, the nearest."""
-    free = sorted((row for row in rows if digest_of(row.key) not in corpus.learned), key=lambda row: place(row.key))
-    chosen = [row for row in free if low <= place(row.key) < low + HELD_OUT_SHARE]
-    least = min(LEAST_HELD_OUT, max(1, len(rows) // 10))
-    if len(chosen) < least and len(rows) > 1:
-        chosen = free[:least]
+    """Rows to measure on, and those that are left to train on."""
+    chosen = set_aside(rows, lambda row: row.key, low, learned=corpus.learned)
     if len(chosen) > MAX_HELD_OUT:
         corpus.filtered[BEYOND] += len(chosen) - MAX_HELD_OUT
     keys = {row.key for row in chosen}
@@ -207,27 +223,30 @@ def _check_columns(config: TrainConfig, columns: Mapping[str, str], raw: Mapping
         raise DataError(f"--data {config.data}: no usable row{first}")
     missing = {name: column for name, column in columns.items() if column not in found}
     if missing:
-        name, column = next(iter(missing.items()))
-        near = difflib.get_close_matches(column, found, n=1) or found[:1]
+        free = [name for name in found if name not in columns.values()]
+        near = {name: difflib.get_close_matches(column, free, n=1) for name, column in missing.items()}
+        hints = (shlex.quote(f"{name}={of[0]}") if of else f"{name}=COLUMN" for name, of in near.items())
         raise DataError(
             f"--data {config.data}: no column {', '.join(repr(c) for c in missing.values())}; it has "
-            f"{', '.join(map(repr, found))}. Name the column of a template field with --column, for example "
-            f"--column {name}={near[0]}"
+            f"{', '.join(map(repr, found))}. Say which it is: {' '.join(f'--column {hint}' for hint in hints)}"
         )
 
 
-def _check_authors(config: TrainConfig, column: str, raw: Mapping[str, list[RawRow]]) -> None:
+def _check_chosen(
+    config: TrainConfig, name: str, wanted: Sequence[str], column: str, raw: Mapping[str, list[RawRow]]
+) -> None:
+    """Raises DataError, with the nearest that there are, if no row that may be trained on is of a `wanted` one."""
     rows = [row for split, rows in raw.items() if split != "heldout_authors" for row in rows]
-    trainable = Counter(name for row in rows if (name := plain(row.values.get(column))))
-    for author in config.authors:
-        if author not in trainable:
-            by_fold = {name.casefold(): name for name in trainable}
-            near = [by_fold[n] for n in difflib.get_close_matches(author.casefold(), by_fold, n=3, cutoff=0.5)]
-            near = near or [name for name, _ in trainable.most_common(3)]
-            raise DataError(
-                f"--author {author!r}: no row of {config.data} is by this author; nearest: "
-                + ", ".join(f"{name!r} ({trainable[name]} rows)" for name in near)
-            )
+    of_row = tags_of if name == "tags" else lambda value: {plain(value)}
+    counted = Counter(value for row in rows for value in of_row(row.values.get(column)) if value)
+    for one in wanted:
+        if one not in counted:
+            by_fold = {value.casefold(): value for value in counted}
+            near = [by_fold[n] for n in difflib.get_close_matches(one.casefold(), by_fold, n=3, cutoff=0.5)]
+            near = near or [value for value, _ in counted.most_common(3)]
+            whose = "has this tag" if name == "tags" else "is by this author"
+            listed = ", ".join(f"{value!r} ({counted[value]} rows)" for value in near) or "there is none at all"
+            raise DataError(f"{flag_of(name)} {one!r}: no row of {config.data} {whose}; nearest: {listed}")
 
 
 def _check_leaks(config: TrainConfig, corpus: Corpus) -> None:

@@ -19,6 +19,7 @@ from training.memorisation import Memory
 from training.sampling import Sample, SamplingSettings, sample
 from training.style import StyleJudge, StyleTest, why_not
 from training.template import Template, fill
+from training.texts import normalised
 
 SHOWN = 5  # samples shown of each measurement
 
@@ -116,7 +117,7 @@ def evaluate(
     seed = config.seed + 1000
     compared = {name: _perplexities(model, adapter, examples, seed, cache) for name, examples in sets.items()}
     rows = [Row("perplexity", name, None, of.tokens, None, of.base, of.adapter) for name, of in compared.items()]
-    memory = Memory([example.key for example in corpus.train])
+    memory = Memory([normalised(written(template, row.fields)) for row in corpus.train], corpus.learned)
     judge = style_judge(corpus, config)
     usable = None if isinstance(judge, str) else judge
     sampled = []
@@ -201,9 +202,8 @@ def _references(corpus: Corpus, memory: Memory, template: Template, config: Trai
         chosen = rows if len(rows) <= config.eval_samples else rng.sample(list(rows), config.eval_samples)
         return [written(template, row.fields) for row in chosen]
 
-    return {"training_texts": dict(reference(some(corpus.train), None))} | (
-        {"held_out_texts": dict(reference(some(corpus.test), memory))} if corpus.test else {}
-    )
+    of_training = {"training_texts": dict(reference(some(corpus.train), None))} if corpus.train else {}
+    return of_training | ({"held_out_texts": dict(reference(some(corpus.test), memory))} if corpus.test else {})
 
 
 def lengths_of(sampled: Sampled) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from training.cli import add_flags, settings
 from training.config import NAME_PATTERN, TrainConfig
-from training.errors import ConfigError
+from training.errors import ConfigError, DataError
 
 # What of a run's settings says how its adapter is measured.
 _MEASURED_BY = (
@@ -21,7 +21,7 @@ _MEASURED_BY = (
     "contrast", "device",
 )  # fmt: skip
 # A flag -> what was recorded for the value that it replaces, and means nothing beside another.
-_REPLACES = {"data": ("columns", "authors", "tags", "limit", "contrast"), "template": ("prompt",)}
+_REPLACES = {"data": ("columns", "authors", "tags", "max_chars", "limit", "contrast"), "template": ("prompt",)}
 _LEAST_COLUMN = 12
 
 
@@ -86,7 +86,11 @@ def _measure(folders: Sequence[str], given: dict[str, Any]) -> list[Measured]:
         values: dict[str, Any] = {"name": name if NAME_PATTERN.fullmatch(name) else "adapter"} | recorded | given
         config = TrainConfig(**values)
         base = open_base(config.model)
-        jobs.append((adapter, config, base, adapter.digest(base), load_corpus(config, base, of=adapter.folder)))
+        try:
+            corpus = load_corpus(config, base, of=adapter.folder)
+        except DataError as error:
+            raise DataError(f"{adapter.name}: {error}") from None
+        jobs.append((adapter, config, base, adapter.digest(base), corpus))
     measured: list[Measured] = []
     weights, of = None, None
     for adapter, config, base, digest, corpus in jobs:

@@ -47,7 +47,8 @@ class Written:
 def figures(
     samples: Sequence[Written], memory: Memory, lengths: Sequence[int], judge: StyleJudge | None
 ) -> dict[str, float | Rate | Interval]:
-    """The sampled metrics of METRICS by name. `lengths` are the training texts', in tokens."""
+    """The sampled metrics of METRICS by name. `lengths` are the training texts', in tokens; without any, what is held
+    against training texts is left out."""
     n = len(samples)
     words = [normalised(sample.text).split() for sample in samples]
     overlaps = [memory.longest(of_sample) for of_sample in words]
@@ -55,13 +56,17 @@ def figures(
         "eos_rate": Rate.of(sum(s.stopped for s in samples), n),
         "format_rate": Rate.of(sum(s.formatted for s in samples), n),
         "mean_tokens": round(sum(s.tokens for s in samples) / n, 2),
-        "length_distance": distance([s.tokens for s in samples], lengths),
+        **({"length_distance": distance([s.tokens for s in samples], lengths)} if lengths else {}),
         **distinct(words),
-        "overlap_rate": Rate.of(sum(run >= OVERLAP_WORDS for run in overlaps), n),
-        "longest_overlap": max(overlaps),
-        "mean_overlap": round(sum(overlaps) / n, 2),
-        "copy_rate": Rate.of(sum(map(memory.copied, words)), n),
     }
+    if lengths:
+        found |= {
+            "overlap_rate": Rate.of(sum(run >= OVERLAP_WORDS for run in overlaps), n),
+            "longest_overlap": max(overlaps),
+            "mean_overlap": round(sum(overlaps) / n, 2),
+        }
+    if lengths or memory.learned:
+        found["copy_rate"] = Rate.of(sum(map(memory.copied, words)), n)
     return found | ({} if judge is None else {"style_rate": judge.rate([s.text for s in samples])})
 
 

@@ -4,7 +4,9 @@ A run of words that a sample shares with one training text is found through an i
 enough to have few places, each of which is then followed to its end. Shorter runs are looked up in sets.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+
+from training.seen import digest_of
 
 SEED = 4
 NEAR = 0.9
@@ -16,9 +18,13 @@ COPY = (
 
 
 class Memory:
-    """An index of training texts, each given normalised: words joined by single spaces."""
+    """An index of training texts, each given normalised: words joined by single spaces.
 
-    def __init__(self, texts: Sequence[str]) -> None:
+    `learned`: digests of texts that were learned before, of which only whole copies can be told.
+    """
+
+    def __init__(self, texts: Sequence[str], learned: Collection[bytes] = ()) -> None:
+        self.learned = learned
         self._texts = [text.split() for text in texts]
         self._whole = {" ".join(words) for words in self._texts}
         self._short: list[set[tuple[str, ...]]] = [set() for _ in range(SEED)]  # [n]: the runs of n words
@@ -48,7 +54,8 @@ class Memory:
         """Whether the sample is a copy, as COPY defines it."""
         if not words:
             return False
-        if " ".join(words) in self._whole:
+        whole = " ".join(words)
+        if whole in self._whole or digest_of(whole) in self.learned:
             return True
         if len(words) < NEAR_WORDS:
             return False

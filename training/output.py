@@ -13,7 +13,7 @@ from training.errors import ConfigError
 
 RUN_FILE = "run.json"  # what the unfinished run in a folder is
 REPLACES = "replaces"  # in RUN_FILE: whether it is to replace an adapter
-_MARK = json.dumps({REPLACES: True})
+_MARK = {REPLACES: True}
 REPLACED = "replaced"  # in the run's own folder, for as long as replacing takes
 
 
@@ -42,33 +42,45 @@ def check_output(config: TrainConfig) -> None:
         )
 
 
+def read_run(config: TrainConfig) -> dict[str, Any] | None:
+    """What RUN_FILE says of the unfinished run; empty if it can't be read, None if there is none."""
+    try:
+        found = json.loads((config.partial / RUN_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def replaces(config: TrainConfig) -> bool:
     """Whether the unfinished run in `config.partial` began with --overwrite, to replace the adapter that is there."""
-    try:
-        return bool(json.loads((config.partial / RUN_FILE).read_text())[REPLACES])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    return bool((read_run(config) or {}).get(REPLACES))
 
 
 def begun(config: TrainConfig) -> bool:
     """Whether an unfinished run of this name has begun: one that is only marked to replace an adapter has not."""
-    file = config.partial / RUN_FILE
-    return file.is_file() and file.read_text() != _MARK
+    return read_run(config) not in (None, _MARK)
 
 
 def mark(config: TrainConfig) -> None:
-    """Note that a run that has yet to begin is to replace the adapter that is there."""
+    """Note that a run that has yet to begin is to replace what is there; an unfinished run goes."""
     shutil.rmtree(config.partial, ignore_errors=True)
-    config.partial.mkdir(parents=True)
-    (config.partial / RUN_FILE).write_text(_MARK)
+    if config.folder.exists():
+        _write_run(config, _MARK)
 
 
 def start(config: TrainConfig, recorded: Mapping[str, Any]) -> None:
-    """Begin an unfinished run in `config.partial`: what it is, written whole; whatever was there goes."""
+    """Begin an unfinished run in `config.partial`; whatever was there goes."""
     shutil.rmtree(config.partial, ignore_errors=True)
+    _write_run(config, {**recorded, REPLACES: config.folder.exists()})
+
+
+def _write_run(config: TrainConfig, values: Mapping[str, Any]) -> None:
+    """Whole or not at all."""
     config.partial.mkdir(parents=True)
     whole = config.partial / f"{RUN_FILE}.new"
-    whole.write_text(json.dumps({**recorded, REPLACES: config.folder.exists()}, indent=2) + "\n")
+    whole.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     os.replace(whole, config.partial / RUN_FILE)
 
 
@@ -85,6 +97,7 @@ def publish(config: TrainConfig) -> None:
     An adapter that it replaces is moved away first; if the run dies in between, `check_output` puts it back.
     """
     if config.folder.exists():
+        shutil.rmtree(config.partial / REPLACED, ignore_errors=True)  # of a run that died while it cleaned up
         os.rename(config.folder, config.partial / REPLACED)
     os.rename(config.partial / "finished", config.folder)
     shutil.rmtree(config.partial)

@@ -14,6 +14,7 @@ from peft import PeftModel
 from training.base import Base
 from training.config import TrainConfig, flag_of
 from training.data import Corpus
+from training.errors import DataError
 from training.evaluate import Evaluation, Shown, lengths_of
 from training.figures import METRICS
 from training.gate import Verdict
@@ -46,6 +47,7 @@ def write_report(
             "used": {s: len(getattr(corpus, s)) for s in ("train", "valid", "test", "heldout_authors")},
             "filtered": dict(corpus.filtered),
             "train_texts": packed({digest_of(row.key) for row in corpus.train} | corpus.learned),
+            "unknown_origins": corpus.unsaid,
             "skipped_by_reason": dict(Counter(row.reason for row in corpus.skipped)),
             "skipped": [asdict(row) for row in corpus.skipped],
         },
@@ -82,13 +84,17 @@ def write_report(
 
 
 def history_of(folder: Path) -> History:
-    """What report.json in `folder` says of the run."""
-    of = json.loads((folder / "report.json").read_text(encoding="utf-8"))["training"]
-    train, valid = ([(int(step), float(loss)) for step, loss in of[name]] for name in ("train_loss", "valid_loss"))
-    return History(
-        train, valid, of["steps"], of["tokens"], of["seconds"], of["attention_padding"], of["peak_memory_mb"] * 2**20,
-        of["ended_by"], of["kept_step"],
-    )  # fmt: skip
+    """What report.json in `folder` says of the run. Raises DataError if it says it otherwise than this version."""
+    file = folder / "report.json"
+    try:
+        of = json.loads(file.read_text(encoding="utf-8"))["training"]
+        train, valid = ([(int(step), float(loss)) for step, loss in of[name]] for name in ("train_loss", "valid_loss"))
+        return History(
+            train, valid, of["steps"], of["tokens"], of["seconds"], of["attention_padding"],
+            of["peak_memory_mb"] * 2**20, of["ended_by"], of["kept_step"],
+        )  # fmt: skip
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is not a report of this version ({type(error).__name__}: {error})") from error
 
 
 def write_golden(folder: Path, model: PeftModel, base: Base, corpus: Corpus, config: TrainConfig) -> None:
@@ -133,7 +139,7 @@ def write_card(folder: Path, config: TrainConfig, base: Base, corpus: Corpus, ev
         f"# {config.name}", "",
         f"A LoRA adapter (rank {config.rank}, alpha {config.lora_alpha}, on {', '.join(config.targets)}) for the "
         f"frozen GPT-2 `{base.name}`. It writes `{config.template}` and stops.", "",
-        *continued(config),
+        *continued(config, corpus),
         f"Trained on {len(corpus.train):,} texts of `{config.recorded()['data']}`"
         + (f" by {', '.join(config.authors)}" if config.authors else "")
         + (f" tagged {', '.join(config.tags)}" if config.tags else "")
@@ -160,11 +166,14 @@ def write_card(folder: Path, config: TrainConfig, base: Base, corpus: Corpus, ev
     (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
 
 
-def continued(config: TrainConfig) -> list[str]:
+def continued(config: TrainConfig, corpus: Corpus) -> list[str]:
     """The card's lines on what the adapter was continued from."""
     if config.init_from is None:
         return []
-    return [f"Continued from {Path(config.init_from).resolve().name}, digest `{config.init_digest}`.", ""]
+    lines = [f"Continued from {Path(config.init_from).resolve().name}, digest `{config.init_digest}`.", ""]
+    if corpus.unsaid:
+        lines += ["What that one was trained on isn't known: texts that this was measured on may be among it.", ""]
+    return lines
 
 
 def side_by_side(evaluation: Evaluation) -> str:

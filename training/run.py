@@ -3,7 +3,7 @@
 import ctypes
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from training.evaluate import BaseCache, Evaluation, evaluate
 from training.gate import Verdict, judge
 from training.html_report import write_html
 from training.origin import pinned
-from training.output import fresh_folder, keep_aside, publish, settled
+from training.output import fresh_folder, keep_aside, publish, read_run, settled
 from training.recipe import write_recipe
 from training.train import Job, save_adapter, train
 from training.voice import History, Voice
 
 SKIPPED_SHOWN = 10
+UNSAID = "what {} was trained on isn't in its report: texts that are measured on may be among it"
 
 
 @dataclass(frozen=True)
@@ -70,10 +71,14 @@ def run(config: TrainConfig) -> None:
         print(f"\nwrote {config.folder}")
 
 
-def resolved(config: TrainConfig, ranks: Ranks) -> TrainConfig:
-    """The configuration with what `auto` means on the first process."""
-    dtype = ranks.first_does(lambda: auto_dtype(ranks.device))
-    return replace(config, dtype=dtype) if config.dtype == "auto" else config
+def resolved(config: TrainConfig, ranks: Ranks, before: Callable[[], str | None] = lambda: None) -> TrainConfig:
+    """The configuration with what `auto` was where a run goes on, or `before` says, and means on the first process."""
+
+    def found() -> str:
+        own = (read_run(config) or {}).get("dtype") if config.resume else None
+        return own or before() or auto_dtype(ranks.device)
+
+    return replace(config, dtype=ranks.first_does(found)) if config.dtype == "auto" else config
 
 
 def finish(job: Job, voice: Voice, model: PeftModel, base: Base, cache: BaseCache | None = None) -> Finished:
@@ -140,6 +145,7 @@ def summary(config: TrainConfig, corpus: Corpus) -> str:
     sizes = f"{len(corpus.train)} to train on, {len(corpus.valid)} to validate, {len(corpus.test)} to test"
     lines = [f"{config.data}: {sizes}, {len(corpus.heldout_authors)} of authors held out"]
     lines += [f"  {count} left out{_why(flag)}" for flag, count in corpus.filtered.items() if count]
+    lines += [f"  {UNSAID.format(folder)}" for folder in corpus.unsaid]
     lines += skipped(corpus)
     return "\n".join(lines)
 

@@ -123,11 +123,12 @@ def search(config: TrainConfig, spaces: dict[str, Range | Choice], trials: int, 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     ranks = join(config.device)
     base = open_base(config.model)
+    auto = config.dtype == "auto"
     config = pinned(resolved(config, ranks), base)
     corpus = load_corpus(config, base)
     print(summary(config, corpus), flush=True)
     config.folder.mkdir(parents=True, exist_ok=True)
-    study = _study(optuna, config, spaces, storage or config.folder / "study.db")
+    study = _study(optuna, config, spaces, storage or config.folder / "study.db", auto)
     weights = base.load()
     complete, pruned = optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED
     while len(study.get_trials(deepcopy=False, states=(complete, pruned))) < trials:
@@ -158,13 +159,15 @@ def search(config: TrainConfig, spaces: dict[str, Range | Choice], trials: int, 
     print(f"\npython -m training --recipe {config.folder / RECIPE_FILE} --name NAME trains the best")
 
 
-def _study(optuna: Any, config: TrainConfig, spaces: dict[str, Range | Choice], file: Path) -> Any:
+def _study(optuna: Any, config: TrainConfig, spaces: dict[str, Range | Choice], file: Path, auto: bool) -> Any:
     """The study in `file`, a new one if there is none. Raises ConfigError if it is another search's."""
     what = config.recorded() | {"space": {name: asdict(space) for name, space in spaces.items()}}
     what = json.loads(json.dumps({name: value for name, value in what.items() if name not in spaces}))
     storage = f"sqlite:///{file.resolve()}"
     study = optuna.create_study(storage=storage, study_name="search", load_if_exists=True)
     before = study.user_attrs.get("search", what)
+    if auto:
+        what["dtype"] = before.get("dtype")  # it may have begun on another processor
     changed = sorted(name for name in before.keys() | what.keys() if before.get(name) != what.get(name))
     if changed:
         raise ConfigError(f"{file} holds another search ({', '.join(changed)} differ): give the same flags, another "

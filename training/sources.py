@@ -18,11 +18,12 @@ from training.errors import DataError
 SUFFIXES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 # A source's names for its splits -> ours. `all` is a source that doesn't say: the caller splits it.
 SPLITS = {
-    "train": "train", "valid": "valid", "validation": "valid", "dev": "valid", "test": "test",
+    "train": "train", "valid": "valid", "validation": "valid", "val": "valid", "dev": "valid", "test": "test",
     "heldout_authors": "heldout_authors",
 }  # fmt: skip
 
 REACH_SECONDS = 10
+_CELL = 2**31 - 1  # characters of a CSV cell: a row that is too long is left out, not its file
 _MARKS = (  # the longer ones first: UTF-32's begins with UTF-16's
     (codecs.BOM_UTF32_LE, "UTF-32"), (codecs.BOM_UTF32_BE, "UTF-32"),
     (codecs.BOM_UTF16_LE, "UTF-16"), (codecs.BOM_UTF16_BE, "UTF-16"),
@@ -39,8 +40,8 @@ class RawRow:
     problem: str | None = None
 
 
-def read_source(source: str) -> dict[str, list[RawRow]]:
-    """Split name -> rows. A single file gives the one split `all`.
+def read_source(source: str, to_train: bool = True) -> dict[str, list[RawRow]]:
+    """Split name -> rows. A single file gives the one split `all`. `to_train`: a folder has to have a train file.
 
     Raises DataError if the source is not there, not readable, not UTF-8, or if one of its files has no rows.
     """
@@ -48,12 +49,18 @@ def read_source(source: str) -> dict[str, list[RawRow]]:
     if path.is_dir():
         files: dict[str, Path] = {}
         for file in sorted(path.iterdir()):
-            split = SPLITS.get(file.stem) if file.suffix in SUFFIXES else None
+            if file.suffix not in SUFFIXES:
+                continue
+            split = SPLITS.get(file.stem)
+            if split is None:
+                raise DataError(
+                    f"--data {source}: {file.name} is named after no split ({', '.join(SPLITS)}); rename it, move it "
+                    "away, or give it alone"
+                )
             if split in files:
                 raise DataError(f"--data {source}: {files[split].name} and {file.name} are one split; keep one of them")
-            if split is not None:
-                files[split] = file
-        if "train" not in files:
+            files[split] = file
+        if not files or ("train" not in files and to_train):
             raise DataError(
                 f"--data {source}: the folder has no train file ({', '.join('train' + s for s in SUFFIXES)})"
             )
@@ -121,10 +128,14 @@ def _jsonl(path: Path) -> Iterator[RawRow]:
 
 def _csv(path: Path) -> Iterator[RawRow]:
     mark = "\t" if path.suffix == ".tsv" else ","
+    csv.field_size_limit(_CELL)
     reader = csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=mark)
     rows = 0
     try:
         header = list(reader.fieldnames or ())
+        twice = next((name for name in header if header.count(name) > 1), None)
+        if twice is not None:
+            raise DataError(f"--data {path}: two of its columns are named {twice!r}; rename one of them")
         other = next((m for m in ",;\t|" if m != mark and len(header) == 1 and m in header[0]), None)
         if other is not None:
             raise DataError(
@@ -137,7 +148,7 @@ def _csv(path: Path) -> Iterator[RawRow]:
             rows += 1
             yield RawRow(path.name, reader.line_num, values, problem)
     except csv.Error as error:
-        raise DataError(f"--data {path}: line {reader.line_num} is not valid CSV: {error}") from None
+        raise DataError(f"--data {path}: line {reader.line_num + 1} is not valid CSV: {error}") from None
     if not rows:
         raise DataError(f"--data {path}: has a header ({', '.join(header)}) and no rows")
 
@@ -171,6 +182,8 @@ def _read_hub(source: str) -> dict[str, list[RawRow]]:
     splits: dict[str, list[RawRow]] = {}
     for name, rows in loaded.items():
         split = SPLITS.get(str(name))
+        if split in splits:
+            raise DataError(f"--data {source}: it has two splits for {split} ({', '.join(map(str, loaded))})")
         if split:
             splits[split] = [RawRow(f"{source}[{name}]", n, dict(row)) for n, row in enumerate(rows, start=1)]
     if "train" not in splits:

@@ -1,12 +1,14 @@
 """What two texts have in common, and what of a cell is a text."""
 
 import re
+import unicodedata
 from typing import Any
 
 
 def normalised(text: str) -> str:
     """Lower case, letters and digits only: what two copies of one quote have in common."""
-    return " ".join(re.findall(r"\w+", text.lower().replace("'", "").replace("’", "")))
+    text = unicodedata.normalize("NFKC", text).lower()
+    return " ".join(re.findall(r"[^\W_]+", re.sub("['’‘ʼ`´]", "", text)))
 
 
 def plain(value: Any) -> str:

@@ -17,10 +17,10 @@ from training.base import Base
 from training.config import TrainConfig
 from training.data import Corpus
 from training.distributed import Ranks
-from training.errors import ConfigError
+from training.errors import ConfigError, TrainingError
 from training.loop import Progress, train_together
 from training.origin import put_weights
-from training.output import RUN_FILE, begun, start
+from training.output import RUN_FILE, begun, read_run, start
 from training.voice import Voice, read_state
 
 
@@ -38,7 +38,8 @@ def train(
     """Train the jobs' adapters together on `weights`, or go on from their checkpoints.
 
     The voices come back in the order of the jobs, each done or `failed`; the model is in evaluation mode.
-    Raises ConfigError if an unfinished run isn't this one, TrainingError if its checkpoint can't be read.
+    Raises ConfigError if an unfinished run isn't this one, TrainingError if its checkpoint can't be read or a GPU's
+    memory is too small.
     """
     model: Any = fresh(weights, [job.config for job in jobs], base)
     model.to(ranks.device)
@@ -52,7 +53,13 @@ def train(
                     "and one --output folder")  # fmt: skip
         voices.append(voice)
     dtype = getattr(torch, jobs[0].config.dtype)
-    train_together(model, voices, ranks, dtype, [job.config.partial for job in jobs], progress)
+    try:
+        train_together(model, voices, ranks, dtype, [job.config.partial for job in jobs], progress)
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the GPU's memory is too small for {len(jobs)} x --batch-size {jobs[0].config.batch_size} rows: give a "
+            f"smaller one with a larger --accumulate, --checkpointing{', a smaller --together' * (len(jobs) > 1)}"
+        ) from error
     return model, voices
 
 
@@ -106,7 +113,9 @@ def _lora(config: TrainConfig) -> LoraConfig:
 
 
 def _texts_sha256(corpus: Corpus) -> str:
-    return hashlib.sha256(json.dumps([example.token_ids for example in corpus.train]).encode()).hexdigest()
+    """Of all that decides the weights and the losses on the way."""
+    ids = [[example.token_ids for example in rows] for rows in (corpus.train, corpus.valid, corpus.test)]
+    return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
 def check_resumed(job: Job, base: Base) -> None:
@@ -114,12 +123,11 @@ def check_resumed(job: Job, base: Base) -> None:
     TrainingError if its checkpoint can't be read."""
     config, recorded = job.config, _recorded(job, base)
     file = config.partial / RUN_FILE
-    if not begun(config):
+    before = read_run(config)
+    if before is None or not begun(config):
         raise ConfigError(f"--resume: there is no unfinished run of {config.name!r} in {config.output}")
-    try:
-        before = json.loads(file.read_text())
-    except ValueError as error:
-        raise ConfigError(f"--resume: {file} can't be read ({error}); start anew with --overwrite") from error
+    if not before:
+        raise ConfigError(f"--resume: {file} can't be read; start anew with --overwrite")
     changed = [key for key in recorded if before.get(key) != recorded[key]]
     if changed:
         changed = [key for key in changed if not key.endswith("_sha256")] or changed  # name the cause

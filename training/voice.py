@@ -15,6 +15,7 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from training.config import TrainConfig
@@ -70,7 +71,7 @@ class Voice:
             self.parameters.values(), lr=config.lr, weight_decay=config.weight_decay, fused=True
         )
         warmup = min(50, max(1, len(self.plan) // 10)) if config.warmup is None else config.warmup
-        self.scheduler = get_scheduler(_SCHEDULES[config.schedule], self.optimizer, warmup, len(self.plan))
+        self.scheduler = _scheduler(config, self.optimizer, warmup, len(self.plan))
         self._best: dict[str, torch.Tensor] | None = None
         self._since: list[float] = []  # losses of the steps since the last point of the curve
 
@@ -173,6 +174,13 @@ class Voice:
     def _put(self, weights: dict[str, torch.Tensor]) -> None:
         for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
+
+
+def _scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, warmup: int, steps: int) -> LambdaLR:
+    """Transformers' schedule from its second value on: with its first, 0, a step would learn nothing."""
+    schedule: Any = get_scheduler(_SCHEDULES[config.schedule], optimizer, warmup, steps + 1)
+    (of_step,) = schedule.lr_lambdas
+    return LambdaLR(optimizer, lambda step: of_step(step + 1))
 
 
 def read_state(folder: Path, device: torch.device) -> dict[str, Any] | None:

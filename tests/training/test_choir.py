@@ -13,6 +13,7 @@ from training import choir_run
 from training.__main__ import main
 from training.base import Base
 from training.choir import configs, groups, slug
+from training.choir_report import summary
 from training.config import TrainConfig
 from training.errors import DataError
 from training.sources import RawRow
@@ -49,7 +50,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
-@pytest.mark.parametrize("number", [0, 3])
+@pytest.mark.parametrize("number", [1, 3])
 def test_a_voice_is_what_it_would_be_alone(
     number: int, choir: Path, tiny_base: Path, quotes: Path, tmp_path: Path
 ) -> None:
@@ -161,6 +162,42 @@ def test_one_whose_checkpoint_cannot_be_read_leaves_the_others(
             torch.testing.assert_close(weights(tmp_path / name)[key], tensor, atol=1e-4, rtol=1e-3)
 
 
+def test_a_finished_one_that_cannot_be_read_leaves_the_others(
+    choir: Path, tiny_base: Path, quotes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "copy"
+    shutil.copytree(choir, output)
+    shutil.rmtree(output / NAMES[3])
+    (output / NAMES[0] / "recipe.yaml").write_text("nosuch: 1\n")
+    (output / NAMES[1] / "report.json").write_text("{")
+    (output / NAMES[2] / "report.json").write_text('{"training": {}}')
+    run = ["choir", "--min-quotes", "10", *flags(output, tiny_base, quotes), "--resume"]
+    assert main(run) == 2
+    told = capsys.readouterr().err
+    assert "3 of 4 voices did not pass" in told
+    assert "author-0: --recipe" in told
+    assert "author-1: it was there before, and can't be measured" in told
+    assert "author-2: it was there before, and can't be measured" in told
+    assert (output / NAMES[3] / "report.json").is_file()
+    voices = json.loads((output / "choir.json").read_text())
+    assert [voice["name"] for voice in voices["voices"]] == [NAMES[3]]
+    assert len(voices["failed"]) == 3
+
+
+def test_overwrite_leaves_nothing_of_an_older_unfinished_choir(
+    tiny_base: Path, quotes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = ["choir", "--min-quotes", "10", *flags(tmp_path, tiny_base, quotes)]
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=20)
+        assert main(run) == 130
+    again = [*run, "--together", "1", "--lr", "1e-3"]
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=3)
+        assert main([*again, "--overwrite"]) == 130
+    assert main([*again, "--resume", "--epochs", "3"]) == 0
+
+
 def interrupt(patch: pytest.MonkeyPatch, after: int) -> None:
     """Have Ctrl-C come after so many steps of all voices."""
     steps = 0
@@ -211,6 +248,18 @@ def test_every_group_has_a_name_of_its_own() -> None:
     assert list(made) == ["emile-zola", "emile-zola-2", "voice", "x" * 64]
     assert made["emile-zola-2"].authors == ("Emile Zola",)
     assert slug("Oscar Wilde") == "oscar-wilde"
+
+
+def test_the_table_says_whose_a_voice_is_where_its_name_does_not() -> None:
+    def of(name: str, *authors: str) -> dict[str, Any]:
+        return {"name": name, "authors": authors, "tags": [], "texts": 9, "ratio": None, "figures": {}, "gate": "none"}
+
+    voices = [of("voice", "老子"), of("emile-zola-2", "Émile  Zola"), of("oscar-wilde", "Oscar Wilde")]
+    report = {"voices": voices, "failed": [], "confusion": {"reason": "none"}}
+    names = [line.split("  ")[0].split(" 9")[0].strip() for line in summary(report).splitlines()[1:]]
+    assert names[0] == "voice (老子)"
+    assert names[1].startswith("emile-zola-2 (")
+    assert names[2] == "oscar-wilde"
 
 
 @pytest.mark.parametrize(

@@ -75,6 +75,22 @@ def test_evaluate_again_gives_the_reports_figures(adapters: tuple[Path, Path], t
     assert again["evaluation"]["rows"] == report["rows"]
 
 
+def test_evaluate_takes_a_test_set_alone(
+    adapters: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is held against training texts then; what it has learned is left out all the same."""
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = [{"author": "Author 1", "quote": f"entirely new {n}"} for n in range(5)]
+    (data / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    file = tmp_path / "found.json"
+    assert main(["evaluate", str(adapters[0]), "--data", str(data), "--eval-samples", "2", "--output", str(file)]) == 0
+    (found,) = json.loads(file.read_text())["adapters"]
+    metrics = {row["metric"] for row in found["evaluation"]["rows"]}
+    assert {"perplexity", "eos_rate", "distinct_2"} <= metrics
+    assert not {"overlap_rate", "length_distance"} & metrics
+
+
 @pytest.mark.parametrize("command", ["evaluate", "compare", "export"])
 def test_what_is_no_adapter_is_refused(
     command: str, adapters: tuple[Path, Path], tiny_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -57,6 +57,8 @@ def test_unusable_rows_are_reported_by_line_and_reason(base: Base, tmp_path: Pat
         {"author": "B", "quote": "Number,  3!"},
         {"author": "A", "quote": "word " * 35 + "end"},
         {"author": "A", "quote": "half a \ud800 pair"},
+        {"author": "A", "quote": "an end<|endoftext|> in the middle"},
+        {"author": "A", "quote": "..."},
     ]
     corpus = load(
         base, jsonl(tmp_path / "data.jsonl", rows), template='Quote by {author}, who said: "{quote}" ' + "x " * 20
@@ -64,6 +66,7 @@ def test_unusable_rows_are_reported_by_line_and_reason(base: Base, tmp_path: Pat
     assert [(row.line, row.reason) for row in corpus.skipped] == [
         (7, "unreadable row"), (8, "unreadable row"), (9, "missing field"), (10, "missing field"),
         (11, "duplicate"), (12, "longer than the context"), (13, "not valid Unicode"),
+        (14, "holds the token that ends a text"), (15, "without a letter or digit"),
     ]  # fmt: skip
     assert corpus.skipped[4].detail == "the same text as data.jsonl:4"
     assert "tokens; the base takes 64" in corpus.skipped[5].detail
@@ -100,6 +103,15 @@ def test_one_split_is_one_file(base: Base, tmp_path: Path) -> None:
         load(base, tmp_path)
 
 
+def test_a_folder_with_a_file_of_no_split_is_refused(base: Base, tmp_path: Path) -> None:
+    jsonl(tmp_path / "train.jsonl", GOOD[:4])
+    jsonl(tmp_path / "val.jsonl", GOOD[4:])
+    assert len(load(base, tmp_path).valid) == 2
+    jsonl(tmp_path / "more.jsonl", GOOD)
+    with pytest.raises(DataError, match=r"more.jsonl is named after no split \(train, valid"):
+        load(base, tmp_path)
+
+
 def test_filters_and_columns(base: Base, tmp_path: Path) -> None:
     rows = [
         {"who": "A" if n % 2 else "B", "text": f"line {n}" + "!" * n, "tags": "x, y" if n < 8 else []}
@@ -128,6 +140,8 @@ def test_examples_end_in_eos_and_know_their_prompt(base: Base, tmp_path: Path) -
         (["nonsense"], {}, "no usable row; data.jsonl line 1: not valid JSON"),
         ([{"quote": "a"}], {}, "no column 'author'; it has 'quote'"),
         ([{"author": "A", "quotes": "a"}], {}, "--column quote=quotes"),
+        ([{"who": "A", "text": "a"}], {}, "Say which it is: --column author=COLUMN --column quote=COLUMN"),
+        ([{**row, "tags": ["love"]} for row in GOOD], {"tags": ("loev",)}, "has this tag; nearest: 'love' (6 rows)"),
         ([{"author": "", "quote": "a"}], {}, "left out: 1 missing field"),
         (GOOD, {"max_chars": 2}, "left out: 6 by --max-chars"),
         (GOOD, {"authors": ("a",)}, "--author 'a': no row of"),
@@ -147,6 +161,7 @@ def test_a_file_without_usable_rows_is_an_error(rows, settings, message: str, ba
         (b"", "is empty"),
         (b"\xef\xbb\xbf\n", "is empty"),
         (b"author,quote\n", r"has a header \(author, quote\) and no rows"),
+        (b"author,quote,quote\nA,b,c\n", "two of its columns are named 'quote'; rename one"),
         (b"author;quote\nA;b\n", "columns are separated by ';', not by ','; save it with commas"),
         ("author,quote\nA,d\u00e9j\u00e0\n".encode("latin1"), r"line 2 is not UTF-8 \(byte 0xe9, 'é' if.*-f LATIN1"),
         ("author,quote\nA,\u201chi\u201d\n".encode("cp1252"), r"line 2 is not UTF-8 \(byte 0x93, '“'.*WINDOWS-1252"),
@@ -161,6 +176,20 @@ def test_a_file_that_is_no_table_of_utf8_is_told_what_it_is(
     (tmp_path / "data.csv").write_bytes(content)
     with pytest.raises(DataError, match=message):
         load(base, tmp_path / "data.csv")
+
+
+def test_a_cell_that_is_too_long_leaves_out_its_row(base: Base, tmp_path: Path) -> None:
+    rows = "".join(f"A,number {n}\n" for n in range(6))
+    (tmp_path / "data.csv").write_text(f"author,quote\nA,{'long ' * 40_000}\n{rows}")
+    corpus = load(base, tmp_path / "data.csv")
+    assert texts(corpus) == [row["quote"] for row in GOOD]
+    assert corpus.filtered == {"--max-chars": 1}
+
+
+def test_a_quote_is_known_by_itself_wherever_the_author_stands(base: Base, tmp_path: Path) -> None:
+    rows = [{"author": "A", "quote": text} for text in ("one long text", "_one long text_", "another text", "a third")]
+    corpus = load(base, jsonl(tmp_path / "data.jsonl", rows), template="{quote} -- {author}", prompt="{quote}")
+    assert [(row.line, row.reason) for row in corpus.skipped] == [(2, "duplicate")]
 
 
 def test_other_formats_are_named(base: Base, tmp_path: Path) -> None:

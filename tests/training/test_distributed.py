@@ -72,6 +72,22 @@ def test_two_processes_make_the_adapter_of_one(alone: Path, tiny_base: Path, quo
     assert done.stdout.count("step 0/22") == 1
 
 
+def test_a_choir_of_two_processes_tells_of_a_bad_group_when_all_is_written(
+    tiny_base: Path, quotes_file: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "more.jsonl"
+    again = json.dumps({"author": "Nobody", "quote": "Again and again."}) + "\n"
+    file.write_text(quotes_file.read_text() + 25 * again)
+    run = flags(tmp_path / "out", tiny_base, file, "--epochs", "0.5")[2:]
+    done = launch("-m", "training", "choir", "--min-quotes", "15", *run)
+    assert done.returncode != 0
+    assert done.stderr.count("1 of 5 voices did not pass") == 1
+    assert "nobody: --data" in done.stderr
+    report = json.loads((tmp_path / "out" / "choir.json").read_text())
+    assert [voice["name"] for voice in report["voices"]] == [f"author-{i}" for i in range(4)]
+    assert [voice["name"] for voice in report["failed"]] == ["nobody"]
+
+
 def test_two_go_on_with_the_run_of_one(
     alone: Path, tiny_base: Path, quotes_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

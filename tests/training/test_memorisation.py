@@ -6,6 +6,7 @@ import time
 import pytest
 
 from training.memorisation import NEAR, NEAR_WORDS, Memory, common_subsequence
+from training.seen import digest_of
 
 
 def longest_by_force(words: list[str], texts: list[list[str]]) -> int:
@@ -32,6 +33,13 @@ def changed(text: list[str], changes: int, rng: random.Random) -> list[str]:
         words[place : place + rng.randint(0, 1)] = rng.choice(([], ["new"], ["new", "words"]))
         words = words or ["new"]
     return words
+
+
+def test_a_text_that_was_learned_before_is_known_by_its_digest() -> None:
+    memory = Memory(["of this run"], {digest_of("of another run")})
+    assert memory.copied("of another run".split())
+    assert memory.longest("of another run".split()) == 1
+    assert not memory.copied("of no run".split())
 
 
 def test_it_is_what_brute_force_finds() -> None:

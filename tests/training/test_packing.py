@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 
+from training import forward
 from training.base import Base
 from training.data import Example
 from training.forward import Lane, token_losses
@@ -133,10 +134,19 @@ def test_processes_share_a_batch_and_its_dropout(model: Any) -> None:
         torch.testing.assert_close(total, whole[voice].sum(), atol=1e-3, rtol=1e-5)
 
 
-def test_bfloat16_is_near(model: Any) -> None:
+@pytest.mark.parametrize("longest", [0, forward.PLAIN_ATTENTION], ids=["fused attention", "plain attention"])
+def test_bfloat16_is_near(longest: int, model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses, and the gradients' direction."""
+    monkeypatch.setattr(forward, "PLAIN_ATTENTION", longest)
     rows = [random_rows(3, [9, 12, 5, 30])]
-    exact, near = (
-        token_losses(model, pack(rows), [Lane("first")], dtype)[0] for dtype in (torch.float32, torch.bfloat16)
-    )
+    parameters = [p.requires_grad_() for n, p in model.named_parameters() if "lora_" in n and ".first." in n]
+
+    def of(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        (losses,) = token_losses(model, pack(rows), [Lane("first")], dtype)
+        gradients = torch.autograd.grad(losses.sum(), parameters)
+        return losses.detach(), torch.cat([gradient.flatten() for gradient in gradients])
+
+    (exact, straight), (near, other) = of(torch.float32), of(torch.bfloat16)
     assert near.dtype == torch.float32
     torch.testing.assert_close(near, exact, atol=0.15, rtol=0.02)
+    assert float(torch.cosine_similarity(straight, other, dim=0)) > 0.99

@@ -102,11 +102,68 @@ def test_the_same_seed_gives_the_same_adapter_also_after_an_interruption(
 def test_an_adapter_that_was_being_replaced_is_put_back(
     tiny_base: Path, quotes_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The run died between moving the old adapter away and moving the new one in."""
+    """The run died between moving the old adapter away and moving the new one in. It goes on."""
     (tmp_path / ".voice.partial" / "replaced").mkdir(parents=True)
     assert main(flags("voice", tmp_path, tiny_base, quotes_file)) == 2
     assert "voice exists: choose another --name, or --overwrite" in capsys.readouterr().err
     assert (tmp_path / "voice").is_dir()
+    (tmp_path / ".voice.partial" / "replaced" / "of a clean-up").mkdir(parents=True)
+    assert main([*flags("voice", tmp_path, tiny_base, quotes_file), "--overwrite", "--epochs", "0.2"]) == 0
+    assert {file.name for file in (tmp_path / "voice").iterdir()} == FILES
+
+
+@pytest.mark.parametrize("split", ["train", "valid", "test"])
+def test_other_data_of_any_split_is_another_run(
+    split: str, tiny_base: Path, quotes_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    rows = quotes_file.read_text().splitlines(keepends=True)
+    for name, part in (("train", rows[:60]), ("valid", rows[60:70]), ("test", rows[70:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    run = flags("voice", tmp_path / "out", tiny_base, tmp_path)
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=3)
+        assert main(run) == 130
+    file = tmp_path / f"{split}.jsonl"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
+    assert main([*run, "--resume"]) == 2
+    assert "this is another run (texts_sha256 was" in capsys.readouterr().err
+
+
+def test_auto_is_what_it_was_where_a_run_goes_on(
+    tiny_base: Path, quotes_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a node with another processor."""
+    run = flags("voice", tmp_path, tiny_base, quotes_file)
+    monkeypatch.setattr("training.run.auto_dtype", lambda device: "bfloat16")
+    with monkeypatch.context() as patch:
+        interrupt(patch, after=11)
+        assert main(run) == 130
+    monkeypatch.setattr("training.run.auto_dtype", lambda device: "float32")
+    assert main([*run, "--ensure"]) == 0
+    assert json.loads((tmp_path / "voice" / "report.json").read_text())["config"]["dtype"] == "bfloat16"
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff"])
+def test_a_run_file_that_cannot_be_read_is_told(
+    content: bytes, tiny_base: Path, quotes_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / ".voice.partial").mkdir()
+    (tmp_path / ".voice.partial" / "run.json").write_bytes(content)
+    assert main([*flags("voice", tmp_path, tiny_base, quotes_file), "--resume"]) == 2
+    assert "run.json can't be read; start anew with --overwrite" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_too_small_is_told(
+    tiny_base: Path, quotes_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(forward, "frozen_head_losses", full)
+    assert main(flags("voice", tmp_path, tiny_base, quotes_file)) == 2
+    assert "memory is too small for 1 x --batch-size 8 rows: give a smaller one" in capsys.readouterr().err
 
 
 def test_an_interrupted_replacement_is_gone_on_with(
@@ -135,3 +192,12 @@ def test_an_adapter_is_replaced_only_when_told_to(
     run = flags("voice", trained.parent, tiny_base, quotes_file)
     assert main(run) == 2
     assert "exists: choose another --name, or --overwrite" in capsys.readouterr().err
+
+
+def test_a_single_step_learns_something(tiny_base: Path, quotes_file: Path, tmp_path: Path) -> None:
+    """Transformers' schedules begin with a learning rate of 0."""
+    run = flags("voice", tmp_path, tiny_base, quotes_file, "--max-tokens", "10")
+    assert main(run) == 0
+    assert json.loads((tmp_path / "voice" / "report.json").read_text())["training"]["steps"] == 1
+    weights = load_file(tmp_path / "voice" / "adapter_model.safetensors")
+    assert all(bool(tensor.any()) for name, tensor in weights.items() if "lora_B" in name)

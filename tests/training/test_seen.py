@@ -11,7 +11,8 @@ from training.base import Base
 from training.config import TrainConfig
 from training.data import BEYOND, Corpus, load_corpus
 from training.errors import DataError
-from training.seen import HELD_OUT_SHARE, digest_of, learned_by, packed, place
+from training.run import summary
+from training.seen import HELD_OUT_SHARE, digest_of, learned_by, packed, place, set_aside
 
 ROWS = [{"author": f"A{n % 2}", "quote": f"number {n}", "tags": ["all", f"t{n % 3}"]} for n in range(400)]
 
@@ -59,6 +60,14 @@ def test_few_rows_have_some_of_each(n: int, least: int, base: Base, tmp_path: Pa
         assert len(corpus.train) > 0
 
 
+def test_there_is_always_a_row_to_train_on() -> None:
+    """However the texts' places fall: never more than half is set aside."""
+    low = [text for text in map(str, range(2000)) if place(text) < HELD_OUT_SHARE]
+    for n in range(2, 8):
+        assert len(set_aside(low[:n], str, 0.0)) == n // 2
+    assert set_aside(low[:1], str, 0.0) == []
+
+
 def test_more_than_are_measured_are_left_out_and_told(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -99,9 +108,9 @@ def test_splits_lose_what_the_adapter_has_learned(base: Base, tmp_path: Path) ->
 
 
 def test_a_folder_that_does_not_say_knows_of_nothing(tmp_path: Path) -> None:
-    assert learned_by(tmp_path) == frozenset()
+    assert learned_by(tmp_path) is None
     (tmp_path / "report.json").write_text('{"data": {}}')
-    assert learned_by(tmp_path) == frozenset()
+    assert learned_by(tmp_path) is None
 
 
 def test_a_run_records_what_it_learned_and_all_after_it_hold_out_nothing_of_that(
@@ -112,9 +121,11 @@ def test_a_run_records_what_it_learned_and_all_after_it_hold_out_nothing_of_that
            "--epochs", "0.2"]  # fmt: skip
     assert main(["--name", "one", "--author", "Author 1", *run]) == 0
     one = learned_by(tmp_path / "one")
+    assert one is not None
     assert 10 <= len(one) <= 18, "of 20 rows"
     assert main(["--name", "two", "--author", "Author 2", "--init-from", str(tmp_path / "one"), *run]) == 0
     two = learned_by(tmp_path / "two")
+    assert two is not None
     assert one < two
     corpora: list[Corpus] = []
     plain = data.load_corpus
@@ -128,3 +139,23 @@ def test_a_run_records_what_it_learned_and_all_after_it_hold_out_nothing_of_that
     (corpus,) = corpora
     assert len(corpus.train) + len(corpus.valid) + len(corpus.test) == 80
     assert not {digest_of(row.key) for row in [*corpus.test, *corpus.valid]} & two
+
+
+def test_a_text_is_known_under_any_template(base: Base, tmp_path: Path) -> None:
+    file = file_of(tmp_path, ROWS)
+    plain = load(base, file)
+    for settings in (
+        {"prompt": "Quote by"},
+        {"template": "Maxim: {quote}"},
+        {"template": "A quote: {quote} -- {author}"},
+    ):
+        other = load(base, file, **settings)
+        assert [row.key for row in other.test] == [row.key for row in plain.test]
+        assert not other.skipped
+
+
+def test_an_origin_that_does_not_say_what_it_learned_is_told(base: Base, tmp_path: Path) -> None:
+    corpus = load(base, file_of(tmp_path, ROWS), of=tmp_path / "elsewhere")
+    assert corpus.unsaid == [str(tmp_path / "elsewhere")]
+    said = summary(TrainConfig("x"), corpus)
+    assert f"what {tmp_path / 'elsewhere'} was trained on isn't in its report" in said
