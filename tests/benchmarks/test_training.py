@@ -27,8 +27,8 @@ def rows(part: str, base: Path) -> dict[str, dict[str, Any]]:
 def test_variants_do_the_same_work(
     part: str,
     variants: set[str],
-    tiny_base: Path,
-    monkeypatch: pytest.MonkeyPatch,  # noqa: F811
+    tiny_base: Path,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("benchmarks.training.auto_dtype", lambda device: "bfloat16")
     found = rows(part, tiny_base)

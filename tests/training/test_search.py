@@ -2,14 +2,17 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
 import yaml
 
 from training.__main__ import main
+from training.config import TrainConfig
 from training.errors import ConfigError
-from training.search import Choice, Range, space
+from training.search import Choice, Range, _study, space
 
 
 def flags(output: Path, base: Path, data: Path, *more: str) -> list[str]:
@@ -80,6 +83,16 @@ def test_a_storage_nowhere_is_told_before_anything_is_loaded(
 ) -> None:
     assert main(["search", "--storage", str(tmp_path / "no" / "study.db")]) == 2
     assert "there is no such folder; make it first" in capsys.readouterr().err
+
+
+def test_a_search_goes_on_on_another_processor(tmp_path: Path) -> None:
+    """Where `auto` means another dtype; one that was given is held against the study's."""
+    before = TrainConfig(name="search", dtype="bfloat16")
+    now, file = replace(before, dtype="float32"), tmp_path / "study.db"
+    _study(optuna, before, space([]), file, auto=True)
+    _study(optuna, now, space([]), file, auto=True)
+    with pytest.raises(ConfigError, match="holds another search \\(dtype differ\\)"):
+        _study(optuna, now, space([]), file, auto=False)
 
 
 def test_spaces() -> None:
