@@ -79,9 +79,9 @@ def load_corpus(
     wanted = [*template.fields, *(["author"] if config.authors else []), *(["tags"] if config.tags else [])]
     columns = {name: config.columns.get(name, name) for name in wanted}
     _check_columns(config, columns, raw)
-    for name, wanted, column in (("authors", config.authors, "author"), ("tags", config.tags, "tags")):
-        if wanted:
-            _check_chosen(config, name, wanted, columns[column], raw)
+    for name, chosen, column in (("authors", config.authors, "author"), ("tags", config.tags, "tags")):
+        if chosen:
+            _check_chosen(config, name, chosen, columns[column], raw)
     before = {str(folder): learned_by(Path(folder)) for folder in (of, config.init_from) if folder is not None}
     corpus = Corpus(learned=frozenset().union(*(digests or () for digests in before.values())))
     corpus.unsaid = [folder for folder, digests in before.items() if digests is None]
