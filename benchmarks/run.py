@@ -1,4 +1,4 @@
-"""`make bench`: a bounded selection of the benchmarks, about thirty-five minutes, rendered into benchmarks/results/.
+"""`make bench`: a bounded selection of the benchmarks, about forty minutes, rendered into benchmarks/results/.
 
 llama.cpp is compared where `make llamacpp` has built it.
 

@@ -53,7 +53,7 @@ START = "from training.base import open_base; import sys, training.run; open_bas
 SIZES = {  # flag -> its default, that of --quick, what it is
     "steps": (40, 8, "of equal loss and dtype"), "batch": (8, 2, "rows in a step of them"),
     "held-out": (64, 4, "rows on which loss is taken"), "medium-steps": (2, 2, "timed at gpt2-medium's shape"),
-    "medium-batch": (2, 2, "rows in a step of them"), "voices": (8, 2, "of the choir"),
+    "medium-batch": (1, 2, "rows in a step of them"), "voices": (8, 2, "of the choir"),
     "voice-rows": (96, 8, "quotes of each"), "gpu-rows": (2500, 8, "quotes on the GPU"),
     "gpu-batch": (64, 4, "rows in a step of them"),
 }  # fmt: skip
