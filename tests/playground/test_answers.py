@@ -78,7 +78,8 @@ def test_the_report_stands_beside_the_answer(visit, server: ServerProcess) -> No
     expect(card.get_by_role("row", name="Perplexity").first).to_contain_text(f"{row['base']['value']:.0f}")
     expect(card.get_by_role("row", name="Perplexity").first).to_contain_text(f"{row['adapter']['value']:.1f}")
     row = next(row for row in report["rows"] if (row["metric"], row["prompts"]) == ("eos_rate", "test"))
-    rates = [f"{100 * row[side]['value']:.1f}" for side in ("base", "adapter")]
+    values = [row[side]["value"] for side in ("base", "adapter")]
+    rates = [f"{100 * value:.{0 if value in (0, 1) else 1}f}" for value in values]
     shown = card.get_by_role("row", name="EOS rate").first.inner_text().split()
     assert shown == ["EOS", "rate", rates[0], "%", rates[1], "%"]
     losses = report["training"]["valid_loss"]
