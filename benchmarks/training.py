@@ -10,7 +10,7 @@ alternate, every repeat has its own seed, and the allocator's settings that ours
   `seconds`: until a variant first has the lesson's best loss, by the line between the evaluations around it; `speedup`:
   the lesson's over its own, median (bar: 4).
 - tokens: real tokens a second at gpt2-medium's shape (random weights), over --medium-steps steps of --medium-batch rows
-  after one that isn't timed (bar: 4).
+  after one that isn't timed (bar: 4); `ours` is fp32 here, bf16 is named.
 - dtype: ours in fp32 and bf16 on the demo base, the same steps: tokens a second, the last held-out loss.
 - choir, on the demo base: --voices authors of --voice-rows quotes each, together and one after another. `seconds` are
   those of the steps, `all_seconds` with evaluations and checkpoints, `processes_s` with a process's start for each.

@@ -69,9 +69,9 @@ def load_corpus(
     config: TrainConfig, base: Base, raw: Mapping[str, list[RawRow]] | None = None, of: Path | None = None
 ) -> Corpus:
     """Read, filter and encode the data. `raw`: its rows, where they have been read already; `of`: a finished adapter's
-    folder, where it is to be measured. What that one, or the run's origin, has learned is held out of nothing.
+    folder, where it is to be measured. What that one, or the run's origin, has learned is never held out.
 
-    Raises DataError if a column or an author isn't there, no row is usable, splits share a text, or --contrast can't be
+    Raises DataError if a column, an author or a tag isn't there, no row is usable, splits share a text, or --contrast can't be
     read.
     """
     raw = read_source(config.data, to_train=of is None) if raw is None else raw
