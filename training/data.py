@@ -71,8 +71,8 @@ def load_corpus(
     """Read, filter and encode the data. `raw`: its rows, where they have been read already; `of`: a finished adapter's
     folder, where it is to be measured. What that one, or the run's origin, has learned is never held out.
 
-    Raises DataError if a column, an author or a tag isn't there, no row is usable, splits share a text, or --contrast can't be
-    read.
+    Raises DataError if a column, an author or a tag isn't there, no row is usable, splits share a text, or --contrast
+    can't be read.
     """
     raw = read_source(config.data, to_train=of is None) if raw is None else raw
     template = config.parsed_template()

@@ -1,7 +1,7 @@
 """Which texts an adapter has learned, so that no figure is ever taken on them; and which of a source are held out.
 
 A text's place in a source without splits follows from the text alone: not from the seed, the filters, the template, or
-the other rows. What one run holds out no other run of that source trains on, but where few rows need the nearest too.
+the other rows. What one run holds out no other run of that source trains on, unless few rows made it take the nearest.
 """
 
 import base64
